@@ -1,0 +1,1 @@
+"""The one decoder, and the checkpoints it is read from and written to."""

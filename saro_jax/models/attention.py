@@ -1,0 +1,238 @@
+"""Attention over packed rows: exact, in blocks, memory linear in the row length.
+
+Legend: B rows, T tokens of a row, N query heads, K key/value heads, G = N / K, H head width,
+q/k suffixes: a block of queries / keys.
+
+Which key a query sees is decided by `Tokens` alone: keys of its own segment that stand at or before
+it in the row, in the shared prefix (branch 0) or in its own branch, and inside the sliding window.
+So a row can hold several examples, and an example can hold one prefix with several branches, without
+any of them seeing another.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from saro_jax.models.dot import row_major
+
+F32 = jnp.float32
+NEGATIVE = -1e30  # a finite "minus infinity": (NEGATIVE - NEGATIVE) stays a number
+BLOCK = 128
+
+
+class Tokens(NamedTuple):
+    """Where each token of packed rows belongs; all int32 [B, T].
+
+    segment: 0 = padding, 1.. = example within the row, contiguous. branch: 0 = shared prefix,
+    1.. = continuation. position: distance from the start of the example along its own branch.
+    """
+
+    segment: jax.Array
+    branch: jax.Array
+    position: jax.Array
+
+
+def segment_starts(segment_BT: jax.Array) -> jax.Array:
+    """Index in the row at which the segment of each token starts, [B, T]."""
+    index_BT = jnp.broadcast_to(jnp.arange(segment_BT.shape[1], dtype=jnp.int32), segment_BT.shape)
+    previous = jnp.pad(segment_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return lax.cummax(jnp.where(segment_BT != previous, index_BT, 0), axis=1)
+
+
+def _first_keys(tokens: Tokens, window: jax.Array, block: int) -> jax.Array:
+    """First key that any query of a block can see, over all rows of the batch, [T / block]."""
+    start_BT = segment_starts(tokens.segment)
+    # The key at position p stands at or after start + p, in the prefix and in every branch.
+    first_BT = start_BT + jnp.maximum(0, tokens.position - window + 1)
+    index_BT = jnp.broadcast_to(jnp.arange(start_BT.shape[1], dtype=jnp.int32), start_BT.shape)
+    first_BT = jnp.where(tokens.segment > 0, first_BT, index_BT)
+    return first_BT.reshape(first_BT.shape[0], -1, block).min(axis=(0, 2))
+
+
+def _slice(x: jax.Array, i: jax.Array, block: int, axis: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(x, i * block, block, axis)
+
+
+def _visible(
+    tokens: Tokens, window: jax.Array, i: jax.Array, j: jax.Array, block: int
+) -> jax.Array:
+    """Mask of query block i against key block j, bool [B, q, k]."""
+    q = Tokens(*(_slice(t, i, block, 1)[:, :, None] for t in tokens))
+    k = Tokens(*(_slice(t, j, block, 1)[:, None, :] for t in tokens))
+    offset = jnp.arange(block, dtype=jnp.int32)
+    causal = (i * block + offset)[:, None] >= (j * block + offset)[None, :]
+    same = (q.segment == k.segment) & (k.segment > 0)
+    branch = (k.branch == 0) | (k.branch == q.branch)
+    near = q.position - k.position < window
+    return causal[None] & same & branch & near
+
+
+def _scores(q_BKqH, k_BKkH, scale: float, softcap: float | None) -> jax.Array:
+    s = jnp.einsum("BKqH,BKkH->BKqk", q_BKqH, k_BKkH, preferred_element_type=F32) * scale
+    return s if softcap is None else softcap * jnp.tanh(s / softcap)
+
+
+def _grouped(x_BTNH: jax.Array, heads: int, blocks: int) -> jax.Array:
+    """[B, T, N, H] -> [blocks, B, K, G*q, H]: the queries of one key head side by side."""
+    B, T, N, H = x_BTNH.shape
+    x = x_BTNH.reshape(B, blocks, T // blocks, heads, N // heads, H)
+    return x.transpose(1, 0, 3, 4, 2, 5).reshape(blocks, B, heads, -1, H)
+
+
+def _ungrouped(x: jax.Array, block: int) -> jax.Array:
+    blocks, B, K, GQ, H = x.shape
+    x = x.reshape(blocks, B, K, GQ // block, block, H).transpose(1, 0, 4, 2, 3, 5)
+    return x.reshape(B, blocks * block, K * (GQ // block), H)
+
+
+def _forward(q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, block):
+    B, T, N, H = q_BTNH.shape
+    K = k_BTKH.shape[2]
+    blocks = T // block
+    q = _grouped(q_BTNH, K, blocks)
+    k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
+    first = _first_keys(tokens, window, block)
+
+    def one_query_block(_, inputs):
+        i, q_i = inputs
+
+        def one_key_block(j, carry):
+            out, top, total = carry
+            k_j, v_j = _slice(k_BKTH, j, block, 2), _slice(v_BKTH, j, block, 2)
+            s = _scores(q_i, k_j, scale, softcap)
+            mask = jnp.tile(_visible(tokens, window, i, j, block), (1, N // K, 1))[:, None]
+            s = jnp.where(mask, s, NEGATIVE)
+            new_top = jnp.maximum(top, s.max(-1))
+            p = jnp.where(mask, jnp.exp(s - new_top[..., None]), 0.0)
+            shrink = jnp.exp(top - new_top)
+            pv = jnp.einsum("BKqk,BKkH->BKqH", p.astype(v_j.dtype), v_j, preferred_element_type=F32)
+            return out * shrink[..., None] + pv, new_top, total * shrink + p.sum(-1)
+
+        rows = q_i.shape[:3]
+        start = (jnp.zeros((*rows, H), F32), jnp.full(rows, NEGATIVE, F32), jnp.zeros(rows, F32))
+        out, top, total = lax.fori_loop(first[i] // block, i + 1, one_key_block, start)
+        total = jnp.where(total == 0.0, 1.0, total)  # padding queries see nothing: output 0
+        return None, ((out / total[..., None]).astype(q_i.dtype), top + jnp.log(total))
+
+    index = jnp.arange(blocks, dtype=jnp.int32)
+    _, (out, lse) = lax.scan(one_query_block, None, (index, q))
+    return _ungrouped(out, block), lse
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _blockwise(q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, block):
+    return _forward(q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, block)[0]
+
+
+def _blockwise_fwd(q, k, v, tokens, window, scale, softcap, block):
+    out, lse = _forward(q, k, v, tokens, window, scale, softcap, block)
+    return out, (q, k, v, tokens, window, out, lse)
+
+
+def _blockwise_bwd(scale, softcap, block, residuals, dout_BTNH):
+    q_BTNH, k_BTKH, v_BTKH, tokens, window, out_BTNH, lse = residuals
+    B, T, N, H = q_BTNH.shape
+    K = k_BTKH.shape[2]
+    blocks = T // block
+    q, dout = _grouped(q_BTNH, K, blocks), _grouped(dout_BTNH, K, blocks)
+    k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
+    delta = (dout.astype(F32) * _grouped(out_BTNH, K, blocks).astype(F32)).sum(-1)
+    first = _first_keys(tokens, window, block)
+
+    def one_query_block(carry, inputs):
+        i, q_i, do_i, lse_i, delta_i = inputs
+
+        def one_key_block(j, carry):
+            dq, dk_BKTH, dv_BKTH = carry
+            k_j, v_j = _slice(k_BKTH, j, block, 2), _slice(v_BKTH, j, block, 2)
+            s = _scores(q_i, k_j, scale, softcap)
+            mask = jnp.tile(_visible(tokens, window, i, j, block), (1, N // K, 1))[:, None]
+            p = jnp.where(mask, jnp.exp(s - lse_i[..., None]), 0.0)
+            dp = jnp.einsum("BKqH,BKkH->BKqk", do_i, v_j, preferred_element_type=F32)
+            ds = p * (dp - delta_i[..., None])
+            if softcap is not None:
+                ds = ds * (1.0 - jnp.square(s / softcap))
+            ds = (ds * scale).astype(q_i.dtype)
+            dq = dq + jnp.einsum("BKqk,BKkH->BKqH", ds, k_j, preferred_element_type=F32)
+            dk_j = jnp.einsum("BKkq,BKqH->BKkH", row_major(ds.mT), q_i, preferred_element_type=F32)
+            p_kq = row_major(p.astype(do_i.dtype).mT)
+            dv_j = jnp.einsum("BKkq,BKqH->BKkH", p_kq, do_i, preferred_element_type=F32)
+            dk_BKTH = lax.dynamic_update_slice_in_dim(
+                dk_BKTH, _slice(dk_BKTH, j, block, 2) + dk_j, j * block, 2
+            )
+            dv_BKTH = lax.dynamic_update_slice_in_dim(
+                dv_BKTH, _slice(dv_BKTH, j, block, 2) + dv_j, j * block, 2
+            )
+            return dq, dk_BKTH, dv_BKTH
+
+        dk_BKTH, dv_BKTH = carry
+        start = (jnp.zeros(q_i.shape, F32), dk_BKTH, dv_BKTH)
+        dq, dk_BKTH, dv_BKTH = lax.fori_loop(first[i] // block, i + 1, one_key_block, start)
+        return (dk_BKTH, dv_BKTH), dq.astype(q_i.dtype)
+
+    index = jnp.arange(blocks, dtype=jnp.int32)
+    zeros = jnp.zeros((B, K, T, H), F32)
+    (dk, dv), dq = lax.scan(one_query_block, (zeros, zeros), (index, q, dout, lse, delta))
+    dk_BTKH = dk.transpose(0, 2, 1, 3).astype(k_BTKH.dtype)
+    dv_BTKH = dv.transpose(0, 2, 1, 3).astype(v_BTKH.dtype)
+    return _ungrouped(dq, block), dk_BTKH, dv_BTKH, None, None
+
+
+_blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    tokens: Tokens,
+    window: jax.Array | int,
+    scale: float,
+    softcap: float | None = None,
+    *,
+    block: int = BLOCK,
+) -> jax.Array:
+    """Attention of packed rows, [B, T, N, H] in q's dtype; float32 softmax.
+
+    window: a query sees keys less than `window` positions before it (itself included); may be
+    traced. Queries of padding get zeros. Blocks of keys that no query of a block can see (earlier
+    segments, outside the window, the future) are skipped, not masked.
+    """
+    B, T, N, H = q_BTNH.shape
+    assert N % k_BTKH.shape[2] == 0, (q_BTNH.shape, k_BTKH.shape)
+    block = min(block, T)
+    pad = -T % block
+    if pad:
+        q_BTNH, k_BTKH, v_BTKH = (
+            jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH)
+        )
+        tokens = Tokens(*(jnp.pad(t, ((0, 0), (0, pad))) for t in tokens))
+    window = jnp.asarray(window, jnp.int32)
+    return _blockwise(q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, block)[:, :T]
+
+
+def attend_cache(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    position_BT: jax.Array,
+    window: jax.Array | int,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Attention of T new tokens to a cache whose slot s holds position s, [B, T, N, H]."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    s = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=F32) * scale
+    if softcap is not None:
+        s = softcap * jnp.tanh(s / softcap)
+    slot = jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)
+    back_BTS = position_BT[:, :, None] - slot
+    visible = ((back_BTS >= 0) & (back_BTS < window))[:, None, None]
+    p = jax.nn.softmax(jnp.where(visible, s, NEGATIVE), axis=-1).astype(v_BSKH.dtype)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", p, v_BSKH, preferred_element_type=F32)
+    return out.reshape(B, T, N, H).astype(q_BTNH.dtype)

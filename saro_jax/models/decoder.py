@@ -1,0 +1,327 @@
+"""The one decoder: Llama, Mistral, Qwen and Gemma by configuration.
+
+Legend: B rows, T tokens, S cache slots, D hidden, F MLP width, N query heads, K key/value heads,
+H head width, V vocabulary, L layers.
+
+Flax NNX modules are used as plain pytrees: the attribute path of every `nnx.Param` is the Hugging
+Face key without the layer number, layers are stacked on axis 0 and run by one `lax.scan`. Outside
+this file a model is its parameter tree, a nested dict with the same names ("params").
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from saro_jax.models.architecture import Architecture, inverse_frequencies
+from saro_jax.models.attention import Tokens, attend, attend_cache
+from saro_jax.models.dot import dot
+from saro_jax.parallel.sharding import constrain_rows
+
+Params = dict[str, Any]
+F32 = jnp.float32
+NO_WINDOW = 2**30
+SAVED_DOTS = ("q", "k", "v", "attention", "gate", "up")  # what remat policy "dots" keeps
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far; [L, B, S, K, H] each."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Weight(nnx.Module):
+    """One matrix, stored [in, out] (tables: [V, D]), with an optional bias [out]."""
+
+    def __init__(self, rows: int, columns: int, *, bias: bool = False, rngs: nnx.Rngs):
+        self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, columns), F32))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(columns, F32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = dot(x, self.weight[...])
+        return y + self.bias[...].astype(y.dtype) if hasattr(self, "bias") else y
+
+
+class Norm(nnx.Module):
+    """Root-mean-square norm over the last axis, in float32; Gemma's weight is an offset from 1."""
+
+    def __init__(self, width: int, arch: Architecture):
+        self.weight = nnx.Param((jnp.zeros if arch.norm_plus_one else jnp.ones)(width, F32))
+
+    def __call__(self, x: jax.Array, arch: Architecture) -> jax.Array:
+        x32 = x.astype(F32)
+        x32 = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + arch.rms_norm_eps)
+        weight = self.weight[...].astype(F32)
+        if arch.norm_plus_one:
+            return (x32 * (1.0 + weight)).astype(x.dtype)
+        return weight.astype(x.dtype) * x32.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, arch: Architecture, rngs: nnx.Rngs):
+        D, NH, KH = (
+            arch.hidden_size,
+            arch.num_heads * arch.head_dim,
+            arch.num_kv_heads * arch.head_dim,
+        )
+        self.q_proj = Weight(D, NH, bias=arch.qkv_bias, rngs=rngs)
+        self.k_proj = Weight(D, KH, bias=arch.qkv_bias, rngs=rngs)
+        self.v_proj = Weight(D, KH, bias=arch.qkv_bias, rngs=rngs)
+        self.o_proj = Weight(NH, D, bias=arch.o_bias, rngs=rngs)
+        if arch.qk_norm:
+            self.q_norm = Norm(arch.head_dim, arch)
+            self.k_norm = Norm(arch.head_dim, arch)
+
+    def __call__(self, x_BTD, arch: Architecture, rope: tuple[jax.Array, jax.Array], mix):
+        """`mix` turns (q, k, v) of this layer into the attention output and whatever it carries."""
+        B, T, _ = x_BTD.shape
+        q = self.q_proj(x_BTD).reshape(B, T, arch.num_heads, arch.head_dim)
+        k = self.k_proj(x_BTD).reshape(B, T, arch.num_kv_heads, arch.head_dim)
+        v = self.v_proj(x_BTD).reshape(B, T, arch.num_kv_heads, arch.head_dim)
+        if arch.qk_norm:
+            q, k = self.q_norm(q, arch), self.k_norm(k, arch)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
+        out_BTNH, carried = mix(q, k, v)
+        out_BTNH = checkpoint_name(out_BTNH, "attention")
+        return self.o_proj(out_BTNH.reshape(B, T, -1)), carried
+
+
+class Mlp(nnx.Module):
+    def __init__(self, arch: Architecture, rngs: nnx.Rngs):
+        D, F = arch.hidden_size, arch.intermediate_size
+        self.gate_proj = Weight(D, F, bias=arch.mlp_bias, rngs=rngs)
+        self.up_proj = Weight(D, F, bias=arch.mlp_bias, rngs=rngs)
+        self.down_proj = Weight(F, D, bias=arch.mlp_bias, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array, arch: Architecture) -> jax.Array:
+        gate = checkpoint_name(self.gate_proj(x_BTD), "gate").astype(F32)
+        up = checkpoint_name(self.up_proj(x_BTD), "up").astype(F32)
+        return self.down_proj((_activation(gate, arch.hidden_act) * up).astype(x_BTD.dtype))
+
+
+class Layer(nnx.Module):
+    def __init__(self, arch: Architecture, rngs: nnx.Rngs):
+        D = arch.hidden_size
+        self.input_layernorm = Norm(D, arch)
+        self.self_attn = Attention(arch, rngs)
+        self.post_attention_layernorm = Norm(D, arch)
+        if arch.post_norms:
+            self.pre_feedforward_layernorm = Norm(D, arch)
+            self.post_feedforward_layernorm = Norm(D, arch)
+        self.mlp = Mlp(arch, rngs)
+
+    def __call__(self, x_BTD, arch: Architecture, rope, mix):
+        with jax.named_scope("attention"):
+            h, carried = self.self_attn(self.input_layernorm(x_BTD, arch), arch, rope, mix)
+            if arch.post_norms:
+                h = self.post_attention_layernorm(h, arch)
+            x_BTD = constrain_rows(x_BTD + h)
+        with jax.named_scope("mlp"):
+            before = (
+                self.pre_feedforward_layernorm if arch.post_norms else self.post_attention_layernorm
+            )
+            h = self.mlp(before(x_BTD, arch), arch)
+            if arch.post_norms:
+                h = self.post_feedforward_layernorm(h, arch)
+            return constrain_rows(x_BTD + h), carried
+
+
+class Body(nnx.Module):
+    def __init__(self, arch: Architecture, rngs: nnx.Rngs):
+        self.embed_tokens = Weight(arch.vocab_size, arch.hidden_size, rngs=rngs)
+        keys = jax.random.split(rngs.params(), arch.num_layers)
+        self.layers = jax.vmap(lambda key: Layer(arch, nnx.Rngs(key)))(keys)
+        self.norm = Norm(arch.hidden_size, arch)
+
+
+class Decoder(nnx.Module):
+    """Parameters of the whole model; `forward` and `head` below are what it computes."""
+
+    def __init__(self, arch: Architecture, rngs: nnx.Rngs):
+        self.model = Body(arch, rngs)
+        if not arch.tie_word_embeddings:
+            self.lm_head = Weight(arch.vocab_size, arch.hidden_size, rngs=rngs)
+
+
+def init_params(arch: Architecture, key: jax.Array) -> Params:
+    """Random float32 parameters (normal, 0.02), for tests and for training from scratch."""
+    return nnx.to_pure_dict(nnx.state(Decoder(arch, nnx.Rngs(key))))
+
+
+@cache
+def _structure(arch: Architecture):
+    """The module without its arrays: graph definition and abstract state."""
+    return nnx.split(jax.eval_shape(lambda: Decoder(arch, nnx.Rngs(0))))
+
+
+def abstract_params(arch: Architecture, dtype: Any = F32) -> Params:
+    """Shapes of the parameter tree, every leaf a `jax.ShapeDtypeStruct` of `dtype`."""
+    tree = nnx.to_pure_dict(_structure(arch)[1])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
+
+
+def _module(arch: Architecture, params: Params) -> Decoder:
+    graph, abstract = _structure(arch)
+    state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: replace_by_pure_dict writes into it
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+def head(arch: Architecture, params: Params) -> jax.Array:
+    """The output matrix [V, D]: the embedding table itself where the two are tied."""
+    return (params["model"]["embed_tokens"] if arch.tie_word_embeddings else params["lm_head"])[
+        "weight"
+    ]
+
+
+def rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
+    """Rotary embedding in float32, Hugging Face's half-split convention."""
+    x = x_BTNH.astype(F32)
+    a, b = jnp.split(x, 2, axis=-1)
+    cos, sin = cos_BTH[:, :, None], sin_BTH[:, :, None]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
+
+
+def _rope_tables(arch: Architecture, position_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of every RoPE variant the layers use, [variants, B, T, H / 2]."""
+    tables = []
+    for rope in arch.rope:
+        frequencies, factor = inverse_frequencies(rope, arch.head_dim)
+        angle = position_BT.astype(F32)[..., None] * jnp.asarray(frequencies, F32)
+        tables.append((jnp.cos(angle) * factor, jnp.sin(angle) * factor))
+    cos, sin = zip(*tables, strict=True)
+    return jnp.stack(cos), jnp.stack(sin)
+
+
+def _activation(x: jax.Array, name: str) -> jax.Array:
+    if name == "silu":
+        return jax.nn.silu(x)
+    return jax.nn.gelu(x, approximate=name == "gelu_tanh")
+
+
+def _remat(body, policy: str):
+    if policy == "none":
+        return body
+    save = None
+    if policy == "dots":
+        save = jax.checkpoint_policies.save_only_these_names(*SAVED_DOTS)
+    return jax.checkpoint(body, policy=save, prevent_cse=False)
+
+
+def _enter(arch: Architecture, params: Params, tokens_BT, position_BT, dtype):
+    """The module, the embedded tokens [B, T, D], and per layer: window and RoPE tables."""
+    model = _module(arch, params).model
+    x_BTD = model.embed_tokens.weight[...][tokens_BT].astype(dtype)
+    if arch.embed_scale != 1.0:
+        x_BTD = x_BTD * jnp.asarray(arch.embed_scale, dtype)
+    cos, sin = _rope_tables(arch, position_BT)
+    windows = jnp.asarray([w or NO_WINDOW for w in arch.windows], jnp.int32)
+    variants = jnp.asarray(arch.rope_index, jnp.int32)
+
+    def rope_of(variant):
+        return (cos[variant], sin[variant]) if len(arch.rope) > 1 else (cos[0], sin[0])
+
+    return model, constrain_rows(x_BTD), windows, variants, rope_of
+
+
+def forward(
+    arch: Architecture,
+    params: Params,
+    tokens_BT: jax.Array,
+    where: Tokens,
+    *,
+    dtype: Any = F32,
+    remat: str = "none",
+) -> jax.Array:
+    """Hidden states after the final norm of packed rows, [B, T, D] in `dtype`.
+
+    tokens_BT: int32 ids; where: segment, branch and position of each token (`attention.Tokens`).
+    remat: none | dots | full, what the backward pass computes again. Padding (segment 0) yields
+    finite, meaningless states.
+    """
+
+    model, x_BTD, windows, variants, rope_of = _enter(
+        arch, params, tokens_BT, where.position, dtype
+    )
+
+    def body(x_BTD, scanned):
+        layer, window, variant = scanned
+
+        def mix(q, k, v):
+            scale, cap = arch.attention_scale, arch.attention_softcap
+            return attend(q, k, v, where, window, scale, cap), None
+
+        return layer(x_BTD, arch, rope_of(variant), mix)
+
+    x_BTD, _ = lax.scan(_remat(body, remat), x_BTD, (model.layers, windows, variants))
+    return model.norm(x_BTD, arch)
+
+
+def logits(arch: Architecture, params: Params, hidden: jax.Array) -> jax.Array:
+    """float32 logits [..., V] of hidden states [..., D]; for a few positions, not for a whole row."""
+    weight = head(arch, params).astype(hidden.dtype)
+    out = jnp.einsum("...D,VD->...V", hidden, weight, preferred_element_type=F32)
+    return soft_cap(out, arch.final_softcap)
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def empty_cache(arch: Architecture, batch: int, slots: int, dtype: Any) -> Cache:
+    shape = (arch.num_layers, batch, slots, arch.num_kv_heads, arch.head_dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def decode(
+    arch: Architecture,
+    params: Params,
+    tokens_BT: jax.Array,
+    position_BT: jax.Array,
+    cache: Cache,
+    *,
+    dtype: Any = F32,
+) -> tuple[jax.Array, Cache]:
+    """Append T tokens to a cache and return their hidden states [B, T, D] and the new cache.
+
+    Slot s of a row holds the token at position s, so position_BT says where to write; tokens of a
+    row are contiguous and a row's first T may be right-padded: what lies past a row's length is
+    overwritten before it is ever attended. The cache rides in the scan's carry, which XLA updates in
+    place (as scanned input and output it would be copied).
+    """
+    model, x_BTD, windows, variants, rope_of = _enter(arch, params, tokens_BT, position_BT, dtype)
+    rows = jnp.arange(tokens_BT.shape[0])[:, None]
+
+    def body(carry, scanned):
+        x_BTD, cache = carry
+        layer, window, variant, index = scanned
+
+        def mix(q, k, v):
+            new = Cache(
+                cache.k.at[index, rows, position_BT].set(k.astype(cache.k.dtype), mode="drop"),
+                cache.v.at[index, rows, position_BT].set(v.astype(cache.v.dtype), mode="drop"),
+            )
+            out = attend_cache(
+                q,
+                new.k[index],
+                new.v[index],
+                position_BT,
+                window,
+                arch.attention_scale,
+                arch.attention_softcap,
+            )
+            return out, new
+
+        x_BTD, cache = layer(x_BTD, arch, rope_of(variant), mix)
+        return (x_BTD, cache), None
+
+    scanned = (model.layers, windows, variants, jnp.arange(arch.num_layers))
+    (x_BTD, cache), _ = lax.scan(body, (x_BTD, cache), scanned)
+    return model.norm(x_BTD, arch), cache

@@ -1,0 +1,68 @@
+"""The one matrix product of the decoder: accumulates in float32, forward and backward.
+
+Legend: M rows (any leading axes), I input features, O output features.
+
+XLA's CPU backend runs bfloat16 products at full speed only when the result is asked for in float32
+and both operands are row-major; left to itself it contracts the first axis of the left operand for
+the weight gradient and runs at 40 % of that speed (`benchmarks/dot_cpu.py` has the table). On other
+backends the same formulas are the ordinary mixed-precision rule: bf16 in, float32 accumulation.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+
+F32 = jnp.float32
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """x laid out in memory in its axis order on CPU; elsewhere the compiler chooses the layout."""
+    if x.dtype != jnp.bfloat16:
+        return x
+    order = Layout(major_to_minor=tuple(range(x.ndim)))
+    return lax.platform_dependent(
+        x, cpu=lambda x: with_layout_constraint(x, order), default=lambda x: x
+    )
+
+
+@jax.custom_vjp
+def dot(x: jax.Array, w_IO: jax.Array) -> jax.Array:
+    """x @ w in x's dtype with float32 accumulation; w is cast to x's dtype first.
+
+    x: [..., I]; w: [I, O], any float dtype. The gradient of w comes out in w's own dtype, rounded
+    once from the float32 product, so float32 master weights get float32 gradients.
+    """
+    return _forward(x, w_IO)
+
+
+def _forward(x: jax.Array, w_IO: jax.Array) -> jax.Array:
+    w = w_IO.astype(x.dtype)
+    y = lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=F32)
+    return y.astype(x.dtype)
+
+
+def _dot_fwd(x, w_IO):
+    return _forward(x, w_IO), (x, w_IO)
+
+
+def _dot_bwd(residuals, dy):
+    x, w_IO = residuals
+    w = w_IO.astype(x.dtype)
+    dx = lax.dot_general(
+        dy, w, (((dy.ndim - 1,), (1,)), ((), ())), preferred_element_type=F32
+    ).astype(x.dtype)
+    dw = lax.dot_general(
+        row_major(_rows(x).T),
+        _rows(dy),
+        (((1,), (0,)), ((), ())),
+        preferred_element_type=F32,
+    ).astype(w_IO.dtype)
+    return dx, dw
+
+
+dot.defvjp(_dot_fwd, _dot_bwd)

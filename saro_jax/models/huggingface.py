@@ -1,0 +1,331 @@
+"""Hugging Face checkpoints: read into the parameter tree, written back from it, bit for bit."""
+
+import difflib
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saro_jax.models import decoder, gguf
+from saro_jax.models.architecture import Architecture, from_hf
+from saro_jax.models.attention import Tokens
+from saro_jax.models.weights import Tensor, new_folder, read_folder, weight_files, write_folder
+
+Params = dict[str, Any]
+_LAYERS = "model.layers."
+_TRANSPOSED = ("_proj.weight",)  # ours [in, out], the file's [out, in]
+_TIED = ("lm_head.weight", "model.embed_tokens.weight")  # the first may repeat the second
+# Buffers that old transformers saved: the frequencies follow from the config.
+_IGNORABLE = (".rotary_emb.inv_freq",)
+# What a model folder holds besides config.json and weights.
+_KEPT_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def load_architecture(path: str | Path) -> Architecture:
+    """The architecture of a Hugging Face folder or a .gguf file.
+
+    `eos_token_ids` joins those of generation_config.json, which generation stops at (chat models
+    often name their end of turn only there), and those of config.json.
+    """
+    path = Path(path)
+    config = _config(path)
+    where = str(path if path.suffix == ".gguf" else path / "config.json")
+    generation = path / "generation_config.json"
+    if generation.exists():
+        eos = [*_ids(_read_json(generation).get("eos_token_id")), *_ids(config.get("eos_token_id"))]
+        if eos:
+            config = config | {"eos_token_id": list(dict.fromkeys(eos))}
+    return from_hf(config, where)
+
+
+def load_params(
+    path: str | Path, arch: Architecture, dtype: Any, shardings: Any | None = None
+) -> Params:
+    """Read the weights of a Hugging Face folder or a .gguf file as the decoder's parameter tree.
+
+    Every leaf is set exactly once and every key of the files is used, or it is a ValueError.
+    `shardings`: a tree like the parameters, of `jax.sharding.Sharding`; None puts every leaf on
+    the default device. One stacked leaf at a time is filled, one tensor at a time is read, so the
+    host holds one leaf and one tensor beyond what already is on the devices.
+    """
+    path = Path(path)
+    tensors = gguf.read_tensors(path) if path.suffix == ".gguf" else read_folder(path)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(decoder.abstract_params(arch, dtype))
+    keys = {_key(where): _file_keys(_key(where), leaf.shape) for where, leaf in leaves}
+    _check(path, tensors, {_key(where): leaf.shape for where, leaf in leaves}, keys, arch)
+    places = [None] * len(leaves) if shardings is None else tree.flatten_up_to(shardings)
+    out = []
+    for (where, leaf), place in zip(leaves, places, strict=True):
+        host = _aligned(leaf.shape, np.dtype(leaf.dtype))
+        rows = host if _key(where).startswith(_LAYERS) else host[None]
+        for row, key in zip(rows, keys[_key(where)], strict=True):
+            data = tensors[key].read()
+            row[...] = data.T if key.endswith(_TRANSPOSED) else data
+        # On CPU the result may share `host`, which nobody writes to again; XLA copies instead of
+        # donating a buffer that it does not own.
+        if place is None:
+            out.append(jax.device_put(host))
+        else:
+            out.append(jax.make_array_from_callback(leaf.shape, place, host.__getitem__))
+        out[-1].block_until_ready()
+        del host, rows
+    return tree.unflatten(out)
+
+
+def save(
+    params: Params,
+    arch: Architecture,
+    source_folder: str | Path,
+    out_folder: str | Path,
+    dtype: str = "float32",
+    max_shard_bytes: float = 5e9,
+    chat_template: str | None = None,
+) -> None:
+    """Write `params` as a Hugging Face folder that transformers, vLLM and llama.cpp read.
+
+    Config, tokenizer, chat template and licence come from `source_folder` (or .gguf file), where
+    the model was loaded from; `chat_template` (jinja text) replaces the template. The folder
+    appears whole at the end. In a multi-host run every process must call this; the first writes.
+    """
+    source, out = Path(source_folder), Path(out_folder)
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype {dtype!r} of the export; allowed: float32, bfloat16")
+    expected = decoder.abstract_params(load_architecture(source), dtype)
+    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, expected):
+        raise ValueError(f"{source}: the parameters do not have the shapes of this model")
+    entries = list(_export(params, arch.num_layers, jnp.dtype(dtype)))
+    if jax.process_count() > 1 and jax.process_index() > 0:
+        for *_, read in entries:
+            read()  # takes part in gathering
+    else:
+        with new_folder(out) as partial:
+            write_folder(partial, entries, max_shard_bytes)
+            config = _config(source)
+            for key in ("quantization_config", "_name_or_path"):
+                config.pop(key, None)
+            for key in {"torch_dtype", "dtype"} & config.keys() or {"torch_dtype"}:
+                config[key] = dtype
+            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            _copy_files(source, partial)
+            if chat_template is not None:  # transformers prefers this file to the tokenizer's key
+                (partial / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("saro_jax.models.huggingface.save")
+
+
+def weights_hash(path: str | Path) -> str:
+    """BLAKE2b (32 hex digits) of the weight files of a folder, or of one file.
+
+    The same weights split into other files hash differently.
+    """
+    path = Path(path)
+    files = weight_files(path) if path.is_dir() else [path]
+    return _hash_files(tuple((f.resolve(), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
+
+
+def logits_match(
+    folder: str | Path, params: Params, arch: Architecture, tokens: list[int] | None = None
+) -> float | None:
+    """Largest difference between transformers' logits of `folder` and ours of `params`, in float32.
+
+    `tokens` is the prompt, by default 32 ids spread over the vocabulary. None, with a warning,
+    where torch is not installed.
+    """
+    try:
+        import torch  # pyright: ignore[reportMissingImports]  (never needed to run)
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        warnings.warn(f"{folder}: not compared with transformers: torch is missing", stacklevel=2)
+        return None
+    tokens = tokens or [i * 7919 % arch.vocab_size for i in range(1, 33)]
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    )
+    with torch.no_grad():
+        theirs_TV = model(torch.tensor([tokens])).logits[0].numpy()
+    tokens_BT = jnp.asarray([tokens], jnp.int32)
+    ones = jnp.ones_like(tokens_BT)
+    where = Tokens(ones, 0 * ones, jnp.arange(len(tokens), dtype=jnp.int32)[None])
+    with jax.default_matmul_precision("highest"):
+        hidden_BTD = decoder.forward(arch, params, tokens_BT, where, dtype=jnp.float32)
+        ours_BTV = decoder.logits(arch, params, hidden_BTD)
+    return float(np.abs(np.asarray(ours_BTV)[0] - theirs_TV).max())
+
+
+def _key(path: tuple[Any, ...]) -> str:
+    return ".".join(step.key for step in path)
+
+
+def _file_keys(key: str, shape: tuple[int, ...]) -> list[str]:
+    """The keys of a leaf in the files: one, or one a layer."""
+    if not key.startswith(_LAYERS):
+        return [key]
+    return [f"{_LAYERS}{i}.{key.removeprefix(_LAYERS)}" for i in range(shape[0])]
+
+
+def _check(
+    path: Path,
+    tensors: dict[str, Tensor],
+    shapes: dict[str, tuple[int, ...]],
+    keys: dict[str, list[str]],
+    arch: Architecture,
+) -> None:
+    expected = {}
+    for key, shape in shapes.items():
+        shape = shape[1:] if key.startswith(_LAYERS) else shape
+        expected |= dict.fromkeys(
+            keys[key], shape[::-1] if key.endswith(_TRANSPOSED) else tuple(shape)
+        )
+    extra = [key for key in tensors if key not in expected and not key.endswith(_IGNORABLE)]
+    if arch.tie_word_embeddings and _TIED[0] in extra:
+        extra.remove(_TIED[0])
+        _check_tied(tensors)
+    missing = [key for key in expected if key not in tensors]
+    if missing or extra:
+        parts = [_some("missing", missing, extra), _some("unexpected", extra, list(expected))]
+        if missing == [_TIED[0]]:
+            parts.append("tie_word_embeddings is false in the config")
+        raise ValueError(f"{path}: " + "; ".join(part for part in parts if part))
+    for key, shape in expected.items():
+        if tensors[key].shape != shape:
+            raise ValueError(
+                f"{tensors[key].file}: {key}: shape {list(tensors[key].shape)}, "
+                f"expected {list(shape)}"
+            )
+
+
+def _some(what: str, keys: list[str], others: list[str]) -> str:
+    if not keys:
+        return ""
+    near = difflib.get_close_matches(keys[0], others, 1)
+    hint = f" (nearest: {near[0]})" if near else ""
+    rest = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return f"{len(keys)} {what}: {keys[0]}{hint}" + "".join(f", {k}" for k in keys[1:3]) + rest
+
+
+def _check_tied(tensors: dict[str, Tensor]) -> None:
+    head, table = (tensors.get(key) for key in _TIED)
+    if head is None or table is None:
+        return  # the table is reported as missing
+    same = head.dtype == table.dtype and head.shape == table.shape
+    if not same or not np.array_equal(head.read().view(np.uint8), table.read().view(np.uint8)):
+        raise ValueError(
+            f"{head.file}: {_TIED[0]} differs from {_TIED[1]}, but the config says "
+            "tie_word_embeddings: true"
+        )
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array at a multiple of 64 bytes, which JAX on CPU takes without a copy."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    data = np.empty(size + 64, np.uint8)
+    start = -data.ctypes.data % 64
+    return data[start : start + size].view(dtype).reshape(shape)
+
+
+def _export(params: Params, layers: int, dtype: np.dtype) -> Iterator[tuple[str, Any, Any, Any]]:
+    """(key, shape, dtype, read) of every tensor in the order of the layers."""
+    flat = {_key(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    stacked = [key for key in flat if key.startswith(_LAYERS)]
+
+    def entry(key: str, file_key: str, layer: int | None):
+        transposed = key.endswith(_TRANSPOSED)
+        shape = flat[key].shape if layer is None else flat[key].shape[1:]
+
+        def read() -> np.ndarray:
+            data = _to_host(flat[key], layer)
+            return (data.T if transposed else data).astype(dtype)
+
+        return file_key, tuple(shape[::-1] if transposed else shape), dtype, read
+
+    first = [key for key in flat if key == _TIED[1]]
+    last = [key for key in flat if key not in stacked and key not in first]
+    for key in first:
+        yield entry(key, key, None)
+    for layer in range(layers):
+        for key in stacked:
+            yield entry(key, f"{_LAYERS}{layer}.{key.removeprefix(_LAYERS)}", layer)
+    for key in last:
+        yield entry(key, key, None)
+
+
+def _to_host(x: jax.Array, layer: int | None) -> np.ndarray:
+    if not x.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        part = x if layer is None else x[layer]
+        return np.asarray(multihost_utils.process_allgather(part, tiled=True))
+    if layer is None:
+        return np.asarray(x)
+    if {device.platform for device in x.devices()} == {"cpu"} and len(x.devices()) == 1:
+        return np.asarray(x)[layer]  # a view: nothing is copied, nothing compiled
+    return np.asarray(x[layer])
+
+
+def _copy_files(source: Path, out: Path) -> None:
+    if source.suffix == ".gguf":
+        gguf.write_tokenizer(source, out)
+        return
+    for pattern in _KEPT_FILES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                target = out / file.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
+
+
+@cache
+def _hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for file, size, _ in files:
+        digest.update(size.to_bytes(8, "little"))
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if path.suffix == ".gguf":
+        return gguf.read_config(path)
+    if not (path / "config.json").exists():
+        raise ValueError(f"{path}: no config.json; expected a Hugging Face model folder")
+    return _read_json(path / "config.json")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}:{error.lineno}: not JSON: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _ids(value: Any) -> list[int]:
+    return [] if value is None else value if isinstance(value, list) else [value]

@@ -1,0 +1,67 @@
+"""Where each array lies: one ordered table for parameters and optimizer moments, one rule for rows."""
+
+import re
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+# First match wins, on the path of the leaf joined with "/". Layers are stacked on axis 0. Optimizer
+# moments carry the parameter's path as a suffix, so the same rules serve them.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"(embed_tokens|lm_head)/weight$", P("tensor", "fsdp")),
+    (r"layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/weight$", P(None, "fsdp", "tensor")),
+    (r"layers/.*(o_proj|down_proj)/weight$", P(None, "tensor", "fsdp")),
+    (r"layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/bias$", P(None, "tensor")),
+    (r"layers/.*(o_proj|down_proj)/bias$", P()),
+    (r"norm/weight$", P()),
+    (r"layernorm/weight$", P()),
+)
+ROWS = ("data", "fsdp")
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """'model/norm/weight' from a `jax.tree_util` key path."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def spec(name: str, shape: tuple[int, ...]) -> P:
+    """PartitionSpec of one leaf; scalars are replicated, a parameter without a rule is an error."""
+    if not shape:
+        return P()
+    for pattern, found in RULES:
+        if re.search(pattern, name):
+            return found
+    raise ValueError(f"no sharding rule for parameter {name!r} of shape {shape}")
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
+    """NamedSharding of every leaf of `tree` (arrays or `ShapeDtypeStruct`s), by `RULES`."""
+
+    def one(path, leaf):
+        name = path_name(path)
+        partition = spec(name, leaf.shape)
+        for axis, size in zip(partition, leaf.shape, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ValueError(
+                    f"{name} of shape {leaf.shape}: {size} does not divide by mesh.{axis}="
+                    f"{mesh.shape[axis]}"
+                )
+        return NamedSharding(mesh, partition)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """Sharding of arrays whose axis 0 is the row of a batch."""
+    return NamedSharding(mesh, P(ROWS))
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """Keep activations sharded by row where a mesh is set; without it XLA replicates the batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return lax.with_sharding_constraint(x, P(ROWS))
