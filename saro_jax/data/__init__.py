@@ -1,0 +1,1 @@
+"""Data: rows, their tokens and masks, packed fixed-shape batches."""

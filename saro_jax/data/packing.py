@@ -1,0 +1,172 @@
+"""Items -> packed rows of one fixed shape.
+
+Legend: B rows, T tokens of a row, S scored positions of a row (S = T, padded), P item slots of a
+row, K branches of an item (1 for a conversation, 2 for a preference pair).
+
+Two layouts of an item with several branches:
+  shared    prefix, branch 1, branch 2, ...: the prefix once; every branch continues its positions
+  separate  prefix, branch 1, prefix, branch 2, ...: the usual one, kept as the reference
+All branches of an item lie in one row, so that its loss needs no other row.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from saro_jax.data.tokenise import Item
+
+
+class Rows(NamedTuple):
+    """A block of packed rows. Scored positions of a row come first in its S axis."""
+
+    tokens: np.ndarray  # int32 [B, T], 0 where padded
+    segment: np.ndarray  # int32 [B, T], 0 = padding
+    branch: np.ndarray  # int32 [B, T], 0 = shared prefix
+    position: np.ndarray  # int32 [B, T], restarts with each example, continues into each branch
+    source: np.ndarray  # int32 [B, S], index in the row of the token that predicts a scored one
+    target: np.ndarray  # int32 [B, S], id of the scored token
+    valid: np.ndarray  # bool [B, S], 1 = a scored token
+    sequence: np.ndarray  # int32 [B, S], slot * K + branch that the scored token belongs to
+    item: np.ndarray  # int32 [B, P], index of the item in each slot, -1 where empty
+    weight: np.ndarray  # float32 [B, P], 0 where empty
+
+
+class Piece(NamedTuple):
+    """One item laid out: what it adds to a row."""
+
+    index: int
+    tokens: np.ndarray
+    branch: np.ndarray
+    position: np.ndarray
+    segment: np.ndarray  # 0.. within the item
+    source: np.ndarray
+    target: np.ndarray
+    sequence: np.ndarray  # branch of each scored token
+    weight: float
+
+
+def lay_out(item: Item, index: int, layout: str) -> Piece:
+    """Tokens of one item in `layout` (shared | separate), and what is scored from where.
+
+    A scored token with nothing before it has no state that predicts it and does not count.
+    """
+    p = len(item.prefix)
+    copies = 1 if layout == "shared" else len(item.branches)
+    tokens: list[np.ndarray] = []
+    branch: list[np.ndarray] = []
+    position: list[np.ndarray] = []
+    segment: list[np.ndarray] = []
+    source: list[np.ndarray] = []
+    target: list[np.ndarray] = []
+    sequence: list[np.ndarray] = []
+    length = 0
+    for k, continuation in enumerate(item.branches):
+        n = len(continuation.ids)
+        if k < copies:
+            start = length
+            tokens.append(item.prefix)
+            branch.append(np.zeros(p, np.int32))
+            position.append(np.arange(p, dtype=np.int32))
+            segment.append(np.full(p, k, np.int32))
+            length += p
+        tokens.append(continuation.ids)
+        # A lone branch is the prefix's own continuation: no need for a branch of its own.
+        branch.append(np.full(n, k + 1 if copies < len(item.branches) else 0, np.int32))
+        position.append(np.arange(p, p + n, dtype=np.int32))
+        segment.append(np.full(n, k if copies > 1 else 0, np.int32))
+        before = np.arange(length - 1, length + n - 1, dtype=np.int32)
+        before[0] = start + p - 1  # the end of the prefix, also where another branch lies between
+        counts = continuation.scored.copy()
+        counts[0] &= p > 0
+        source.append(before[counts])
+        target.append(continuation.ids[counts])
+        sequence.append(np.full(counts.sum(), k, np.int32))
+        length += n
+    return Piece(
+        index,
+        *(np.concatenate(part) for part in (tokens, branch, position, segment)),
+        *(np.concatenate(part) for part in (source, target, sequence)),
+        item.weight,
+    )
+
+
+def laid_out_length(item: Item, layout: str) -> int:
+    """Tokens that `lay_out` would give."""
+    copies = 1 if layout == "shared" else len(item.branches)
+    return copies * len(item.prefix) + sum(len(branch.ids) for branch in item.branches)
+
+
+def slots(row_length: int) -> int:
+    """Most items that a row may hold: a bound that only very short items meet."""
+    return max(1, row_length // 16)
+
+
+def first_fit(lengths: Sequence[int], capacity: int, most: int) -> list[list[int]]:
+    """First-fit-decreasing bins: lists of indices, at most `most` in each, deterministic."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[i] > capacity:
+            raise ValueError(f"item {i} of {lengths[i]} tokens does not fit a row of {capacity}")
+        for b, free in enumerate(room):
+            if lengths[i] <= free and len(bins[b]) < most:
+                bins[b].append(i)
+                room[b] -= lengths[i]
+                break
+        else:
+            bins.append([i])
+            room.append(capacity - lengths[i])
+    return bins
+
+
+def pack(
+    items: Sequence[Item],
+    indices: Sequence[int],
+    *,
+    row_length: int,
+    rows: int,
+    layout: str,
+) -> Iterator[Rows]:
+    """Blocks of `rows` packed rows that hold items[i] for i in indices, each exactly once.
+
+    The last block is filled up with empty rows. Deterministic in its arguments.
+    """
+    lengths = [laid_out_length(items[i], layout) for i in indices]
+    bins = first_fit(lengths, row_length, slots(row_length))
+    for start in range(0, len(bins), rows):
+        block = [[indices[i] for i in members] for members in bins[start : start + rows]]
+        yield _block(items, block, row_length, rows, layout)
+
+
+def _block(items, members: list[list[int]], T: int, B: int, layout: str) -> Rows:
+    P, K = slots(T), len(items[members[0][0]].branches)
+    out = Rows(
+        *(np.zeros((B, T), np.int32) for _ in range(6)),
+        np.zeros((B, T), np.bool_),
+        np.zeros((B, T), np.int32),
+        np.full((B, P), -1, np.int32),
+        np.zeros((B, P), np.float32),
+    )
+    for b, row in enumerate(members):
+        at, scored, segments = 0, 0, 0
+        for slot, index in enumerate(row):
+            piece = lay_out(items[index], index, layout)
+            n, s = len(piece.tokens), len(piece.target)
+            out.tokens[b, at : at + n] = piece.tokens
+            out.branch[b, at : at + n] = piece.branch
+            out.position[b, at : at + n] = piece.position
+            out.segment[b, at : at + n] = piece.segment + segments + 1
+            out.source[b, scored : scored + s] = piece.source + at
+            out.target[b, scored : scored + s] = piece.target
+            out.valid[b, scored : scored + s] = True
+            out.sequence[b, scored : scored + s] = piece.sequence + slot * K
+            out.item[b, slot] = index
+            out.weight[b, slot] = piece.weight
+            at, scored, segments = at + n, scored + s, segments + int(piece.segment.max()) + 1
+    return out
+
+
+def real_tokens(rows: Rows) -> int:
+    """Tokens that are not padding, each counted once."""
+    return int((rows.segment > 0).sum())

@@ -1,0 +1,55 @@
+"""The input pipeline: items -> shuffled steps -> packed blocks, as a Grain iterator.
+
+Step k of a run is a function of (seed, k) alone, so the iterator's state is one number, any number
+of prefetch threads gives the same batches, and a resumed run sees what the straight one would have.
+"""
+
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from saro_jax.data.packing import Rows, pack
+from saro_jax.data.tokenise import Item
+
+
+class _Pack(grain.transforms.Map):
+    def __init__(self, items, row_length: int, rows: int, layout: str):
+        self._items, self._shape = items, {"row_length": row_length, "rows": rows}
+        self._layout = layout
+
+    def map(self, element: np.ndarray) -> list[Rows]:
+        indices = [int(i) for i in np.atleast_1d(element)]
+        return list(pack(self._items, indices, layout=self._layout, **self._shape))
+
+
+def order(count: int, batch_rows: int, *, seed: int, shuffle: bool) -> grain.MapDataset:
+    """Item indices of every step: element k is an int array [batch_rows]; endless.
+
+    Each epoch is a new shuffle of all items; a step may span two epochs.
+    """
+    dataset = grain.MapDataset.source(range(count)).seed(seed)
+    if shuffle:
+        dataset = dataset.shuffle()
+    return dataset.repeat(None).batch(batch_rows)
+
+
+def steps(
+    items: Sequence[Item],
+    *,
+    batch_rows: int,
+    row_length: int,
+    rows: int,
+    layout: str,
+    seed: int,
+    shuffle: bool = True,
+    prefetch: int = 2,
+) -> grain.DatasetIterator:
+    """Endless iterator of steps, each a list of `Rows` blocks [rows, row_length].
+
+    Its `get_state` / `set_state` are what a checkpoint keeps. prefetch: steps packed ahead.
+    """
+    dataset = order(len(items), batch_rows, seed=seed, shuffle=shuffle)
+    dataset = dataset.map(_Pack(items, row_length, rows, layout))
+    options = grain.ReadOptions(num_threads=1 if prefetch else 0, prefetch_buffer_size=prefetch)
+    return iter(dataset.to_iter_dataset(options))

@@ -1,0 +1,525 @@
+"""Rows: training examples and preference pairs, read from files or the hub into one form."""
+
+import csv
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from saro_jax.text.chat import ROLES, Message
+
+StageKind = Literal["sft", "preference"]
+Turns = tuple[Message, ...]
+
+EXTENSIONS = (".jsonl", ".json", ".parquet", ".csv")
+# What stages write beside their rows.
+NOT_ROWS = re.compile(r"(manifest|rejects)(\W.*)?")
+QUICKSTART = Path(__file__).parent / "quickstart"
+HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w-][\w.-]*)?)(:(?P<config>[\w.-]+))?")
+
+# (prompt column, answer column) of public sets, in the order they are looked for.
+ANSWER_COLUMNS = (
+    ("prompt", "completion"),
+    ("question", "response"),
+    ("question", "answer"),
+    ("prompt", "response"),
+    ("prompt", "answer"),
+    ("query", "response"),
+    ("instruction", "response"),
+    ("problem", "solution"),
+)
+SFT_FORMS = (
+    "messages",
+    "prompt + reasoning + answer",
+    *(f"{prompt} + {answer}" for prompt, answer in ANSWER_COLUMNS),
+)
+
+
+@dataclass(frozen=True)
+class SFTRow:
+    """One training example: the assistant turns of `completion` are learned, `prompt` is given."""
+
+    id: str
+    where: str
+    kind: str
+    weight: float
+    prompt: Turns
+    completion: Turns
+
+
+@dataclass(frozen=True)
+class PreferenceRow:
+    """One preference pair: two continuations of the same conversation.
+
+    `prefix` is the unfinished assistant turn that both continue (empty for outcome pairs); it
+    stands before the first text of `chosen` and of `rejected`. Where prompt, chosen and rejected
+    are strings they are raw text, rendered without a chat template.
+    """
+
+    id: str
+    where: str
+    kind: str
+    weight: float
+    prompt: Turns | str
+    prefix: str
+    chosen: Turns | str
+    rejected: Turns | str
+
+
+Row = SFTRow | PreferenceRow
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A row that is not used; `reason` is "category: detail", `id` empty where none was read."""
+
+    where: str
+    id: str
+    reason: str
+
+
+def read(
+    sources: str | Sequence[str], stage_kind: StageKind, split: str = "train"
+) -> tuple[list[Any], list[Reject]]:
+    """Reads all rows of the sources, in order (SFTRows or PreferenceRows), and the rejects.
+
+    A source is a .jsonl, .json, .parquet or .csv file, a folder of such files (those named after
+    the split if there are any, else all but manifests and rejects), "quickstart:NAME" of the
+    package, or a hub id, "id" or "id:config". `split` also picks the hub split; a single file
+    ignores it.
+
+    SFT rows are recognised by their columns, see SFT_FORMS. Preference rows have `chosen` and
+    `rejected`, with `prompt` or sharing their first turns (or first words, then raw text), and may
+    have `prefix`. All may have `id`, `kind` and `weight`; further columns are ignored. Without an
+    id a row gets a hash of its content, numbered where the same content comes again.
+
+    Raises ValueError, in one line, for a source that cannot be read or has no rows.
+    """
+    parse = _sft_row if stage_kind == "sft" else _preference_row
+    rows: list[Any] = []
+    rejects: list[Reject] = []
+    seen: dict[str, str] = {}
+    for source in [sources] if isinstance(sources, str) else sources:
+        before = len(rows) + len(rejects)
+        for where, record in _records(source, split):
+            row_id = ""
+            try:
+                if isinstance(record, str):
+                    raise ValueError(record)
+                record = {key: value for key, value in record.items() if value is not None}
+                row_id = _explicit_id(record)
+                if row_id in seen and row_id:
+                    raise ValueError(f"duplicate id: {row_id!r}, first at {seen[row_id]}")
+                row = parse(record, where, row_id)
+            except ValueError as error:
+                rejects.append(Reject(where, row_id, str(error)))
+                continue
+            if not row_id:
+                row = replace(row, id=_unused(_content_hash(row), seen))
+            seen[row.id] = where
+            rows.append(row)
+        if len(rows) + len(rejects) == before:
+            raise ValueError(f"{source}: no rows")
+    return rows, rejects
+
+
+def detect_kind(sources: str | Sequence[str], split: str = "train") -> StageKind:
+    """What the first readable row is for: "preference" if it has `chosen` and `rejected`."""
+    for source in [sources] if isinstance(sources, str) else sources:
+        for _, record in _records(source, split):
+            if not isinstance(record, str):
+                return "preference" if {"chosen", "rejected"} <= set(record) else "sft"
+    return "sft"
+
+
+def write_rejects(path: str | Path, rejects: Sequence[Reject]) -> None:
+    """Writes JSON lines {where, id, reason}; the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+        for reject in rejects:
+            record = {"where": reject.where, "id": reject.id, "reason": reject.reason}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+def check_share(rejects: Sequence[Reject], total: int, max_share: float) -> None:
+    """Raises ValueError where more than max_share of `total` rows, rejects included, are bad."""
+    if len(rejects) <= max_share * total:
+        return
+    category, count = most_frequent(rejects)[0]
+    first = next(reject for reject in rejects if reject.reason.split(":")[0] == category)
+    raise ValueError(
+        f"{len(rejects)} of {total} rows rejected, data.max_reject_share={max_share:g} allows "
+        f"{math.floor(max_share * total)}; {count} of them: {category}, first {first.where}: "
+        f"{first.reason}"
+    )
+
+
+def most_frequent(rejects: Sequence[Reject]) -> list[tuple[str, int]]:
+    """(category, count) of the rejects' reasons, the most frequent first."""
+    return Counter(reject.reason.split(":")[0] for reject in rejects).most_common()
+
+
+# Sources: (where, record) each; a record that cannot be read is the reason, a string.
+
+
+def _records(source: str, split: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    if source.startswith("quickstart:"):
+        name = source.removeprefix("quickstart:")
+        path = QUICKSTART / f"{name}.jsonl"
+        if not path.is_file():
+            names = [file.stem for file in QUICKSTART.glob("*.jsonl")]
+            raise ValueError(f"{source}: no such packaged rows{_nearest(name, names)}")
+        yield from _jsonl(path)
+        return
+    path = Path(source).expanduser()
+    if path.is_dir():
+        for file in _folder_files(path, split):
+            yield from _file(file)
+    elif path.exists():
+        yield from _file(path)
+    elif _looks_local(source, path):
+        names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ValueError(f"{source}: no such file or folder{_nearest(path.name, names)}")
+    else:
+        yield from _hub(source, split)
+
+
+def _looks_local(source: str, path: Path) -> bool:
+    top = path.parts[0] if path.parts else "."
+    return (
+        path.suffix in EXTENSIONS
+        or source.startswith((".", "/", "~"))
+        or not HUB_ID.fullmatch(source)
+        or (len(path.parts) > 1 and Path(top).is_dir())
+    )
+
+
+def _folder_files(folder: Path, split: str) -> list[Path]:
+    files = [
+        file
+        for file in sorted(folder.iterdir())
+        if file.suffix in EXTENSIONS and file.is_file() and not NOT_ROWS.fullmatch(file.stem)
+    ]
+    if not files:
+        raise ValueError(f"{folder}: no rows: no {', '.join(EXTENSIONS)} file in the folder")
+    named = [file for file in files if re.fullmatch(rf"{re.escape(split)}(\W.*|_.*)?", file.stem)]
+    return named or files
+
+
+def _file(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
+    if path.suffix not in readers:
+        raise ValueError(
+            f"{path}: unknown extension {path.suffix!r}, allowed: {', '.join(EXTENSIONS)}"
+        )
+    yield from readers[path.suffix](path)
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not text.strip():
+                    continue
+                yield where, _as_record(json.loads(text))
+            except UnicodeDecodeError as error:
+                yield where, f"not UTF-8: {error.reason} at byte {error.start}"
+            except (ValueError, RecursionError) as error:
+                yield where, f"not JSON: {error}"
+
+
+def _json(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """A list of objects, counted from 1, or JSON lines under another name."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if not text.lstrip().startswith("["):
+            yield from _jsonl(path)
+            return
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    for number, record in enumerate(records, 1):
+        yield f"{path}:{number}", _as_record(record)
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:{number}", record
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not parquet: {str(error).splitlines()[0]}") from error
+
+
+def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Cells are strings, an empty cell a missing one; the line is the one where the row begins."""
+    csv.field_size_limit(2**27)  # the default refuses long reasonings
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file)
+        try:
+            header = next(reader, [])
+            line = reader.line_num + 1
+            for cells in reader:
+                if cells and len(cells) != len(header):
+                    yield (
+                        f"{path}:{line}",
+                        f"wrong cells: {len(cells)}, the header has {len(header)}",
+                    )
+                elif cells:
+                    record = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+                    yield f"{path}:{line}", record
+                line = reader.line_num + 1
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}:{reader.line_num + 1}: not CSV: {error}") from error
+
+
+def _hub(source: str, split: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    import datasets
+
+    match = HUB_ID.fullmatch(source)
+    assert match is not None, source
+    try:
+        dataset = datasets.load_dataset(match["name"], match["config"], split=split)
+    except Exception as error:  # the hub's errors have no common base
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{source}: no such file or folder, and not loaded from the hub (split {split!r}): "
+            f"{reason}"
+        ) from error
+    for number, record in enumerate(dataset, 1):
+        yield f"{source}/{split}:{number}", dict(record)
+
+
+def _as_record(value: Any) -> dict[str, Any] | str:
+    if isinstance(value, dict):
+        return value
+    return f"not an object: {type(value).__name__}"
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    match = difflib.get_close_matches(name, names, 1)
+    return f", did you mean {match[0]!r}?" if match else ""
+
+
+# Records to rows: ValueError("category: detail") rejects one.
+
+
+def _sft_row(record: dict[str, Any], where: str, row_id: str) -> SFTRow:
+    prompt, completion = _sft_turns(record)
+    _check_prompt(prompt)
+    if completion[0].role != "assistant" or completion[-1].role != "assistant":
+        outer = f"{completion[0].role} ... {completion[-1].role}"
+        raise ValueError(f"wrong turns: the answer is {outer}, must begin and end with assistant")
+    return SFTRow(row_id, where, _kind(record, "sft"), _weight(record), prompt, completion)
+
+
+def _sft_turns(record: dict[str, Any]) -> tuple[Turns, Turns]:
+    if "messages" in record:
+        messages = _turns(record["messages"], "messages", "user")
+        roles = [message.role for message in messages]
+        if "assistant" not in roles:
+            raise ValueError("wrong turns: messages have no assistant turn")
+        first = roles.index("assistant")
+        return messages[:first], messages[first:]
+    if {"prompt", "reasoning", "answer"} <= set(record):
+        reasoning, answer = _text(record, "reasoning"), _text(record, "answer")
+        text = f"<think>\n{reasoning}\n</think>\n\n{answer}"
+        return _turns(record["prompt"], "prompt", "user"), (Message("assistant", text),)
+    for prompt, answer in ANSWER_COLUMNS:
+        if prompt in record and answer in record:
+            return (
+                _turns(record[prompt], prompt, "user"),
+                _turns(record[answer], answer, "assistant"),
+            )
+    raise ValueError(f"missing columns: found {_names(record)}, allowed {'; '.join(SFT_FORMS)}")
+
+
+def _preference_row(record: dict[str, Any], where: str, row_id: str) -> PreferenceRow:
+    for column in ("chosen", "rejected"):
+        if column not in record:
+            raise ValueError(f"missing column: {column!r}, found {_names(record)}")
+    prefix = record.get("prefix", "")
+    if not isinstance(prefix, str):
+        raise ValueError(f"wrong type: prefix is {type(prefix).__name__}, must be a string")
+    _check_unicode(prefix, "prefix")
+    prompt, chosen, rejected = _preference_turns(record)
+    if isinstance(prompt, str) and prefix:
+        raise ValueError("missing column: 'prompt', needed by a row with a prefix")
+    if chosen == rejected:
+        raise ValueError("chosen equals rejected: nothing to prefer")
+    kind = _kind(record, "process" if prefix else "outcome")
+    return PreferenceRow(row_id, where, kind, _weight(record), prompt, prefix, chosen, rejected)
+
+
+def _preference_turns(
+    record: dict[str, Any],
+) -> tuple[Turns, Turns, Turns] | tuple[str, str, str]:
+    prompt, chosen, rejected = (record.get(key) for key in ("prompt", "chosen", "rejected"))
+    if type(chosen) is not type(rejected):
+        raise ValueError(
+            f"wrong type: chosen is {type(chosen).__name__}, rejected is {type(rejected).__name__}"
+        )
+    if prompt is None and isinstance(chosen, str):
+        return _split_texts(_text(record, "chosen"), _text(record, "rejected"))
+    chosen_turns = _turns(chosen, "chosen", "assistant")
+    rejected_turns = _turns(rejected, "rejected", "assistant")
+    if prompt is not None and chosen_turns[0].role == rejected_turns[0].role == "assistant":
+        prompt_turns = _turns(prompt, "prompt", "user")
+    else:
+        # Some sets have the prompt as a string and again as the first turns of both conversations.
+        same = [a == b for a, b in zip(chosen_turns, rejected_turns, strict=False)]
+        shared = same.index(False) if False in same else len(same)
+        prompt_turns = chosen_turns[:shared]
+        chosen_turns, rejected_turns = chosen_turns[shared:], rejected_turns[shared:]
+        if not chosen_turns and not rejected_turns:
+            raise ValueError("chosen equals rejected: nothing to prefer")
+    _check_prompt(prompt_turns)
+    for name, turns in (("chosen", chosen_turns), ("rejected", rejected_turns)):
+        if not turns or turns[0].role != "assistant" or turns[-1].role != "assistant":
+            found = turns[0].role if turns else "nothing"
+            raise ValueError(
+                f"wrong turns: {name} goes on with {found} after the shared turns, must begin and "
+                "end with assistant"
+            )
+    return prompt_turns, chosen_turns, rejected_turns
+
+
+def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """The shared start of two texts, and their ends with the space before them, as in TRL."""
+    if chosen == rejected:
+        raise ValueError("chosen equals rejected: nothing to prefer")
+    same = (a == b for a, b in zip(chosen, rejected, strict=False))
+    cut = next((i for i, equal in enumerate(same) if not equal), min(len(chosen), len(rejected)))
+    if cut and chosen[cut - 1] == " ":
+        cut -= 1
+    if not chosen[:cut].strip():
+        raise ValueError(
+            "no shared start: chosen and rejected begin differently, and no prompt is given"
+        )
+    if not chosen[cut:].strip() or not rejected[cut:].strip():
+        raise ValueError("empty text: one of chosen and rejected is the start of the other")
+    return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def _turns(value: Any, column: str, role: str) -> Turns:
+    """Messages of a column; a string is one turn of `role`."""
+    if isinstance(value, str):
+        value = [{"role": role, "content": value}]
+    if not isinstance(value, list):
+        raise ValueError(
+            f"wrong type: {column} is {type(value).__name__}, must be string or messages"
+        )
+    if not value:
+        raise ValueError(f"empty text: {column} has no messages")
+    return tuple(_message(message, f"{column}[{i}]") for i, message in enumerate(value))
+
+
+def _message(value: Any, name: str) -> Message:
+    if not isinstance(value, dict):
+        raise ValueError(f"wrong type: {name} is {type(value).__name__}, must be {{role, content}}")
+    role, content = value.get("role"), value.get("content")
+    if role not in ROLES:
+        raise ValueError(f"unknown role: {role!r} in {name}, allowed {', '.join(ROLES)}")
+    if value.get("tool_calls"):
+        raise ValueError(f"wrong turns: {name} calls tools, which are not supported")
+    if not isinstance(content, str):
+        raise ValueError(
+            f"wrong type: the content of {name} is {type(content).__name__}, must be a string"
+        )
+    # An empty system turn says something: it replaces the template's default one.
+    if role != "system" and not content.strip():
+        raise ValueError(f"empty text: {name}")
+    _check_unicode(content, name)
+    return Message(role, content)
+
+
+def _text(record: dict[str, Any], column: str) -> str:
+    value = record[column]
+    if not isinstance(value, str):
+        raise ValueError(f"wrong type: {column} is {type(value).__name__}, must be a string")
+    if not value.strip():
+        raise ValueError(f"empty text: {column}")
+    _check_unicode(value, column)
+    return value
+
+
+def _check_unicode(text: str, name: str) -> None:
+    # JSON may escape half of a surrogate pair; tokenizers and files refuse it much later.
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"not Unicode: lone surrogate in {name}") from error
+
+
+def _check_prompt(prompt: Turns) -> None:
+    if not prompt or prompt[-1].role != "user":
+        found = prompt[-1].role if prompt else "nothing"
+        raise ValueError(f"wrong turns: the prompt ends with {found}, must end with user")
+
+
+def _explicit_id(record: dict[str, Any]) -> str:
+    value = record.get("id", "")
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"wrong type: id is {type(value).__name__}, must be string or integer")
+    return str(value)
+
+
+def _kind(record: dict[str, Any], default: str) -> str:
+    value = record.get("kind", default)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"wrong type: kind is {value!r}, must be a non-empty string")
+    return value
+
+
+def _weight(record: dict[str, Any]) -> float:
+    value = record.get("weight", 1.0)
+    try:
+        # CSV has strings only.
+        weight = float(value) if isinstance(value, str | int | float) else math.nan
+    except (ValueError, OverflowError):
+        weight = math.nan
+    if isinstance(value, bool) or not math.isfinite(weight) or weight < 0:
+        raise ValueError(f"bad weight: {value!r}, must be a finite number of at least 0")
+    return weight
+
+
+def _content_hash(row: Row) -> str:
+    if isinstance(row, SFTRow):
+        parts = ["sft", row.prompt, row.completion]
+    else:
+        parts = ["preference", row.prompt, row.prefix, row.chosen, row.rejected]
+    plain = [
+        part if isinstance(part, str) else [[turn.role, turn.content] for turn in part]
+        for part in parts
+    ]
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:16]
+
+
+def _unused(row_id: str, seen: dict[str, str]) -> str:
+    number, candidate = 1, row_id
+    while candidate in seen:
+        number += 1
+        candidate = f"{row_id}-{number}"
+    return candidate
+
+
+def _names(record: dict[str, Any]) -> str:
+    return ", ".join(map(repr, record)) or "none"

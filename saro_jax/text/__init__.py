@@ -1,0 +1,1 @@
+"""Text: the policy, chat templates and their masks, reasoning and its steps."""
