@@ -1,0 +1,1 @@
+"""Objectives: token log-probs and losses, pure functions of arrays."""

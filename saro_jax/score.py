@@ -1,0 +1,120 @@
+"""Scoring: `python -m saro_jax.score --model=DIR_OR_ID --rows=FILE --out=FILE [--a.b=value ...]`.
+
+Writes one JSON line a row, in the order of the rows. Preference rows: id, logps/chosen,
+logps/rejected, num_tokens/chosen, num_tokens/rejected; SFT rows: id, logps, num_tokens. Log-probs are
+natural logs, summed over the scored tokens (the answer with its end-of-turn token; for process pairs
+the branches only), computed by the code that SRPO trains with. `--rejects` names the rows left out.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from saro_jax import config as configuration
+from saro_jax.config import Config, Flag
+from saro_jax.data import rows
+from saro_jax.data.packing import laid_out_length
+from saro_jax.data.tokenise import tokenise
+from saro_jax.models import hub, huggingface
+from saro_jax.parallel import mesh as meshes
+from saro_jax.parallel import sharding
+from saro_jax.text import chat
+from saro_jax.training.scoring import make_scorer, score_items
+
+GROUP = 64  # rows that are packed together
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    flags = [
+        Flag("model", "model folder, .gguf file or Hub id", required=True),
+        Flag("rows", "file, folder or Hub id of preference or SFT rows", required=True),
+        Flag("out", "JSON lines file to write", parse=Path, required=True),
+        Flag("kind", "what the rows are", "auto", choices=("auto", "preference", "sft")),
+    ]
+    try:
+        args = configuration.parse_command_line(
+            "python -m saro_jax.score", __doc__ or "", sys.argv[1:] if argv is None else argv, flags
+        )
+        kind = rows.detect_kind(args.rows) if args.kind == "auto" else args.kind
+        own = [f"--model.path={args.model}", f"--data.train={args.rows}"]
+        defaults = ["--model.dtype=float32"]
+        given = {override.split("=")[0] for override in args.overrides}
+        defaults = [d for d in defaults if d.split("=")[0] not in given]
+        stage = "srpo" if kind == "preference" else "rw"
+        config = configuration.load(None, [*defaults, *args.overrides, *own], stage)
+        score(config, kind, args.out)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def score(config: Config, kind: str, out: Path) -> None:
+    """Score the rows of `config.data.train` with `config.model` and write `out` atomically.
+
+    Rows that can not be scored go to OUT.rejects.jsonl; more than `data.max_reject_share` of them is
+    an error.
+    """
+    folder = hub.resolve(config.model.path, config.model.revision)
+    arch = huggingface.load_architecture(folder)
+    tokenizer = chat.load_tokenizer(folder, config.model.chat_template)
+    branches = 2 if kind == "preference" else 1
+    layout = config.srpo.layout if kind == "preference" else "shared"
+    row_length = config.data.row_length or config.data.max_length * branches
+    found, rejects = rows.read(config.data.train, kind, config.data.split)
+    total = len(found) + len(rejects)
+    items, more = tokenise(
+        found, tokenizer, config.data.max_length, config.data.too_long, config.data.workers
+    )
+    fits = [laid_out_length(item, layout) <= row_length for item in items]
+    rejects += more
+    rejects += [
+        rows.Reject(item.where, item.id, f"too long for a packed row: data.row_length={row_length}")
+        for item, fit in zip(items, fits, strict=True)
+        if not fit
+    ]
+    items = [item for item, fit in zip(items, fits, strict=True) if fit]
+    if rejects:
+        rows.write_rejects(out.with_name(f"{out.name}.rejects.jsonl"), rejects)
+        print(f"{len(rejects)} of {total} rows rejected: {out}.rejects.jsonl", file=sys.stderr)
+    rows.check_share(rejects, total, config.data.max_reject_share)
+
+    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    dtype = jnp.dtype(config.model.dtype)
+    from saro_jax.models.decoder import abstract_params
+
+    places = sharding.shardings(mesh, abstract_params(arch, dtype))
+    params = huggingface.load_params(folder, arch, dtype, places)
+    scorer = make_scorer(arch, mesh, dtype=dtype, remat="none", branches=branches)
+    groups = [range(i, min(i + GROUP, len(items))) for i in range(0, len(items), GROUP)]
+    micro_rows = max(config.train.micro_rows, meshes.row_shards(mesh))
+    results = {}
+    scored = score_items(
+        scorer, params, items, groups, row_length=row_length, rows=micro_rows, layout=layout
+    )
+    for i, logp, tokens in tqdm(scored, total=len(items), unit="row", disable=None):
+        if kind == "preference":
+            results[i] = {
+                "logps/chosen": float(logp[0]),
+                "logps/rejected": float(logp[1]),
+                "num_tokens/chosen": int(tokens[0]),
+                "num_tokens/rejected": int(tokens[1]),
+            }
+        else:
+            results[i] = {"logps": float(logp[0]), "num_tokens": int(tokens[0])}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.part")
+    with open(partial, "w", encoding="utf-8") as file:
+        for i, item in enumerate(items):
+            file.write(json.dumps({"id": item.id, **results[i]}, ensure_ascii=False) + "\n")
+    os.replace(partial, out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Training machinery: step, loop, optimizer, checkpoint, metrics, scoring."""

@@ -1,0 +1,91 @@
+"""Checkpoints: the training state, the data iterator and the config, written by Orbax while training
+goes on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+STATE, DATA = "state", "data"
+
+
+class Checkpoints:
+    """The checkpoints of one output folder; a resource: `close` waits for what is being written.
+
+    A checkpoint appears under its step number only when it is complete (Orbax renames it), so a run
+    killed at any moment leaves none that is half-written.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self._folder = folder.absolute()
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            item_names=(STATE, DATA),
+        )
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
+        """Start writing; returns once the arrays are copied. A step that is there already stays."""
+        if step in self._manager.all_steps():
+            return
+        items = {STATE: ocp.args.StandardSave(state), DATA: ocp.args.JsonSave(data)}
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """State in the shapes, dtypes and shardings of `abstract_state`, and the data saved beside it."""
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    STATE: ocp.args.StandardRestore(abstract_state),
+                    DATA: ocp.args.JsonRestore(),
+                }
+            ),
+        )
+        return restored[STATE], restored[DATA]
+
+    def restore_params(self, step: int, shapes: Any, shardings: Any) -> Any:
+        """The parameters of a checkpoint alone, without the optimizer state beside them."""
+        wanted = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            shardings,
+        )
+        folder = self._folder / str(step) / STATE
+        with ocp.PyTreeCheckpointer() as reader:
+            restored = reader.restore(
+                folder,
+                args=ocp.args.PyTreeRestore(
+                    item={"params": wanted},
+                    restore_args=ocp.checkpoint_utils.construct_restore_args({"params": wanted}),
+                    partial_restore=True,
+                ),
+            )
+        return restored["params"]
+
+    def close(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def abstract(state: Any) -> Any:
+    """The state's shapes, dtypes and shardings, without its arrays."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+    )
+
+
+def iterator_state(iterator: Any) -> dict[str, Any]:
+    """A Grain iterator's state as JSON data."""
+    state = iterator.get_state()
+    return json.loads(state) if isinstance(state, bytes) else state

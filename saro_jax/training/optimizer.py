@@ -1,0 +1,49 @@
+"""The optimizer and its learning-rate schedule, from the config."""
+
+from typing import Any
+
+import jax
+import optax
+
+from saro_jax.config import OptimizerConfig
+from saro_jax.parallel.sharding import path_name
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up over `warmup_ratio` of the steps, then the schedule to `min_lr_ratio`."""
+    peak, floor = config.learning_rate, config.learning_rate * config.min_lr_ratio
+    warmup = round(config.warmup_ratio * steps)
+    rest = max(1, steps - warmup)
+    if config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(peak, rest, config.min_lr_ratio)
+    elif config.schedule == "linear":
+        main = optax.linear_schedule(peak, floor, rest)
+    else:
+        main = optax.constant_schedule(peak)
+    if warmup == 0:
+        return main
+    # Step k of the warm-up uses (k + 1) / warmup of the peak: a first step at rate 0 learns nothing.
+    ramp = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+    return optax.join_schedules([ramp, main], [warmup])
+
+
+def decayed(params: Any) -> Any:
+    """True for the matrices, which weight decay applies to; norms and biases are left alone."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "norm" not in path_name(path) and not path_name(path).endswith("bias"),
+        params,
+    )
+
+
+def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by the global norm (0 = off), then AdamW or plain SGD with decoupled decay."""
+    schedule = learning_rate(config, steps)
+    parts = []
+    if config.max_grad_norm > 0:
+        parts.append(optax.clip_by_global_norm(config.max_grad_norm))
+    if config.name == "adamw":
+        parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
+    if config.weight_decay > 0:
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
+    parts.append(optax.scale_by_learning_rate(schedule))
+    return optax.chain(*parts)

@@ -1,0 +1,72 @@
+"""The reference store: log-probs of pairs under the reference policy, computed once, reused by key.
+
+A key is a hash of everything that changes the number (weights, dtypes, tokenizer and chat template,
+ids and mask after truncation, layout, scoring version) and of nothing else: beta, the loss, the
+learning rate or the order of the rows leave it alone.
+"""
+
+import hashlib
+import sqlite3
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saro_jax.data.tokenise import Item, item_key_parts
+
+SCORING_VERSION = 1  # raise it whenever a change to model or scoring code may change a log-prob
+# How far a re-scored row may lie from the stored one, in nats per scored token. In float32 another
+# packing moves a sum by rounding only; in bfloat16 by more (docs/log.md has the measurement).
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02}
+
+
+def model_key(*parts: str) -> str:
+    """Hash of what all rows of a run share: weights, dtypes, tokenizer, layout."""
+    text = "\n".join((*parts, f"scoring {SCORING_VERSION}"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def tokenizer_key(tokenizer: Any) -> str:
+    """Hash of a fast tokenizer's vocabulary and rules and of its chat template."""
+    text = f"{tokenizer.backend_tokenizer.to_str()}\n{tokenizer.chat_template}"
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def row_key(model: str, item: Item) -> str:
+    """Hash of one pair under one model."""
+    digest = hashlib.blake2b(model.encode(), digest_size=16)
+    digest.update(item_key_parts(item))
+    return digest.hexdigest()
+
+
+class ReferenceStore:
+    """A table key -> (chosen, rejected) summed log-probs in one SQLite file; a resource."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "reference.sqlite"
+        self._db = sqlite3.connect(self.path, timeout=60)
+        self._db.execute(
+            "create table if not exists logps (key text primary key, chosen real, rejected real)"
+        )
+        self._db.commit()
+
+    def get(self, keys: Sequence[str]) -> np.ndarray:
+        """float32 [n, 2], NaN where a key is missing."""
+        out = np.full((len(keys), 2), np.nan, np.float32)
+        for i, key in enumerate(keys):
+            row = self._db.execute(
+                "select chosen, rejected from logps where key = ?", (key,)
+            ).fetchone()
+            if row is not None:
+                out[i] = row
+        return out
+
+    def put(self, rows: Iterable[tuple[str, float, float]]) -> None:
+        """Store rows at once: all of them or, if the process dies, none."""
+        with self._db:
+            self._db.executemany("insert or replace into logps values (?, ?, ?)", rows)
+
+    def close(self) -> None:
+        self._db.close()

@@ -1,0 +1,101 @@
+"""Summed log-probs of packed rows: the one scoring code of training, reference and `score`.
+
+Legend: B rows, T tokens, S scored positions of a row, P item slots of a row, K branches of an item.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from saro_jax.data.packing import Rows, pack
+from saro_jax.data.tokenise import Item
+from saro_jax.models import decoder
+from saro_jax.models.architecture import Architecture
+from saro_jax.models.attention import Tokens
+from saro_jax.objectives.logprobs import TokenScores, token_scores
+from saro_jax.parallel import sharding
+
+
+class Sequences(NamedTuple):
+    """Sums over the scored tokens of each branch of each item of the rows, float32 [B, P, K]."""
+
+    logp: jax.Array
+    tokens: jax.Array
+
+
+def score_tokens(
+    arch: Architecture, params: Any, rows: Rows, *, dtype: Any, remat: str, entropy: bool = False
+) -> TokenScores:
+    """Log-prob of every scored token of packed rows, [B, S], differentiable in `params`."""
+    where = Tokens(rows.segment, rows.branch, rows.position)
+    hidden_BTD = decoder.forward(arch, params, rows.tokens, where, dtype=dtype, remat=remat)
+    hidden_BSD = jnp.take_along_axis(hidden_BTD, rows.source[..., None], axis=1)
+    return token_scores(
+        hidden_BSD,
+        decoder.head(arch, params),
+        rows.target,
+        rows.valid,
+        softcap=arch.final_softcap,
+        entropy=entropy,
+    )
+
+
+def sum_sequences(logp_BS: jax.Array, rows: Rows, branches: int) -> Sequences:
+    """Sums per item and branch; empty slots are 0."""
+    P = rows.weight.shape[1]
+    sums = jax.vmap(partial(jax.ops.segment_sum, num_segments=P * branches))
+    valid = rows.valid.astype(jnp.float32)
+    shape = (*rows.weight.shape, branches)
+    return Sequences(
+        sums(logp_BS * valid, rows.sequence).reshape(shape),
+        sums(valid, rows.sequence).reshape(shape),
+    )
+
+
+def put(mesh: Mesh, rows: Rows) -> Rows:
+    """The block on the devices of `mesh`, cut by row."""
+    return Rows(*jax.device_put(tuple(rows), sharding.rows(mesh)))
+
+
+def make_scorer(
+    arch: Architecture, mesh: Mesh, *, dtype: Any, remat: str, branches: int
+) -> Callable[[Any, Rows], Sequences]:
+    """A compiled `(params, rows) -> Sequences`; rows are host arrays."""
+
+    @jax.jit
+    def run(params, rows):
+        scores = score_tokens(arch, params, rows, dtype=dtype, remat=remat)
+        return sum_sequences(scores.logp, rows, branches)
+
+    def scorer(params, rows):
+        with jax.set_mesh(mesh):
+            return run(params, put(mesh, rows))
+
+    return scorer
+
+
+def score_items(
+    scorer: Callable[[Any, Rows], Sequences],
+    params: Any,
+    items: Sequence[Item],
+    groups: Iterable[Sequence[int]],
+    *,
+    row_length: int,
+    rows: int,
+    layout: str,
+) -> Iterable[tuple[int, np.ndarray, np.ndarray]]:
+    """(index, summed log-probs [K], scored tokens [K]) of items[i] for every i in the groups.
+
+    Each group is packed by itself: with the groups of the training steps, the rows are the very rows
+    that training will see, and in bfloat16 too a reference equals the policy at step 0.
+    """
+    for group in groups:
+        for block in pack(items, group, row_length=row_length, rows=rows, layout=layout):
+            sums = jax.device_get(scorer(params, block))
+            for b, slot in zip(*np.nonzero(block.item >= 0), strict=True):
+                yield int(block.item[b, slot]), sums.logp[b, slot], sums.tokens[b, slot]
