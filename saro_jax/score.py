@@ -20,7 +20,7 @@ from saro_jax.config import Config, Flag
 from saro_jax.data import rows
 from saro_jax.data.packing import laid_out_length
 from saro_jax.data.tokenise import tokenise
-from saro_jax.models import hub, huggingface
+from saro_jax.models import decoder, hub, huggingface
 from saro_jax.parallel import mesh as meshes
 from saro_jax.parallel import sharding
 from saro_jax.text import chat
@@ -63,6 +63,7 @@ def score(config: Config, kind: str, out: Path) -> None:
     """
     folder = hub.resolve(config.model.path, config.model.revision)
     arch = huggingface.load_architecture(folder)
+    decoder.check_length(arch, config.data.max_length)
     tokenizer = chat.load_tokenizer(folder, config.model.chat_template)
     branches = 2 if kind == "preference" else 1
     layout = config.srpo.layout if kind == "preference" else "shared"
@@ -87,9 +88,7 @@ def score(config: Config, kind: str, out: Path) -> None:
 
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     dtype = jnp.dtype(config.model.dtype)
-    from saro_jax.models.decoder import abstract_params
-
-    places = sharding.shardings(mesh, abstract_params(arch, dtype))
+    places = sharding.shardings(mesh, decoder.abstract_params(arch, dtype))
     params = huggingface.load_params(folder, arch, dtype, places)
     scorer = make_scorer(arch, mesh, dtype=dtype, remat="none", branches=branches)
     groups = [range(i, min(i + GROUP, len(items))) for i in range(0, len(items), GROUP)]

@@ -29,7 +29,7 @@ from saro_jax.config import Config, Flag
 from saro_jax.data import pipeline, rows
 from saro_jax.data.packing import laid_out_length
 from saro_jax.data.tokenise import Item, tokenise
-from saro_jax.models import hub, huggingface
+from saro_jax.models import decoder, hub, huggingface
 from saro_jax.models.architecture import Architecture
 from saro_jax.parallel import mesh as meshes
 from saro_jax.parallel import sharding
@@ -104,9 +104,11 @@ def run(config: Config, stage: str, out: Path) -> int:
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shape = _shape(config, stage, mesh)
     folder = hub.resolve(config.model.path, config.model.revision)
+    arch = huggingface.load_architecture(folder)
+    decoder.check_length(arch, config.data.max_length)
     source = Source(
         folder,
-        huggingface.load_architecture(folder),
+        arch,
         chat.load_tokenizer(folder, config.model.chat_template),
         mesh,
         config,

@@ -68,8 +68,9 @@ def make_folder(
     dtype: Any = np.float32,
     shards: int = 1,
     extra: dict[str, np.ndarray] | None = None,
+    scale: float = 1.0,
 ) -> dict[str, np.ndarray]:
-    """A random model written without transformers; returns its tensors."""
+    """A random normal model written without transformers; returns its tensors."""
     config = SIZES | {"model_type": "llama", "tie_word_embeddings": True} | (config or {})
     arch = from_hf(config)
     rng = np.random.default_rng(0)
@@ -78,12 +79,12 @@ def make_folder(
         key = ".".join(step.key for step in path)
         shape = leaf.shape[::-1] if key.endswith("_proj.weight") else leaf.shape
         if not key.startswith("model.layers."):
-            tensors[key] = rng.normal(size=shape).astype(dtype)
+            tensors[key] = (scale * rng.normal(size=shape)).astype(dtype)
             continue
         shape = shape[:-1] if key.endswith("_proj.weight") else shape[1:]
         for i in range(arch.num_layers):
             name = key.replace("model.layers.", f"model.layers.{i}.")
-            tensors[name] = rng.normal(size=shape).astype(dtype)
+            tensors[name] = (scale * rng.normal(size=shape)).astype(dtype)
     tensors |= extra or {}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))

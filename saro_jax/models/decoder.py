@@ -174,6 +174,17 @@ def _module(arch: Architecture, params: Params) -> Decoder:
     return nnx.merge(graph, state)
 
 
+def check_length(arch: Architecture, length: int) -> None:
+    """Refuse sequences that a dynamic RoPE would rescale: its angles depend on the whole sequence."""
+    for rope in arch.rope:
+        limit = rope.original_max_position_embeddings
+        if rope.kind == "dynamic" and limit is not None and length > limit:
+            raise ValueError(
+                f"rope type 'dynamic' is supported up to {limit} tokens (max_position_embeddings); "
+                f"this needs {length}"
+            )
+
+
 def head(arch: Architecture, params: Params) -> jax.Array:
     """The output matrix [V, D]: the embedding table itself where the two are tied."""
     return (params["model"]["embed_tokens"] if arch.tie_word_embeddings else params["lm_head"])[
