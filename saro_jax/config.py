@@ -191,8 +191,8 @@ class SRPOConfig(Section):
     )
     reference_cache: str | None = Field(
         default=None,
-        description="folder where reference log-probs are kept between runs; null = within the "
-        "output folder",
+        description="folder where reference log-probs are kept between runs; null = reference/ in "
+        "the user's cache",
     )
     recheck: int = Field(
         default=4, ge=0, description="cached pairs whose reference log-probs are recomputed"

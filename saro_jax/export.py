@@ -1,8 +1,8 @@
 """Export: `python -m saro_jax.export --checkpoint=DIR --out=DIR [--step=N] [--dtype=float32]`.
 
-Writes the parameters of a training checkpoint as a Hugging Face folder: sharded safetensors, config,
-generation config, tokenizer and chat template. DIR is the output folder of a training run or its
-checkpoints/ folder.
+Writes the parameters of a training checkpoint as a Hugging Face folder: sharded safetensors,
+config, generation config, tokenizer and chat template. DIR is the output folder of a training run
+or its checkpoints/ folder.
 """
 
 import sys
@@ -25,14 +25,19 @@ from saro_jax.training import step
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     flags = [
-        Flag("checkpoint", "output folder of a run, or its checkpoints/", parse=Path, required=True),
+        Flag(
+            "checkpoint", "output folder of a run, or its checkpoints/", parse=Path, required=True
+        ),
         Flag("out", "folder to write, must not exist or be empty", parse=Path, required=True),
         Flag("step", "which checkpoint; default the newest", parse=int),
         Flag("dtype", "of the weights", "float32", choices=("float32", "bfloat16")),
     ]
     try:
         args = configuration.parse_command_line(
-            "python -m saro_jax.export", __doc__ or "", sys.argv[1:] if argv is None else argv, flags,
+            "python -m saro_jax.export",
+            __doc__ or "",
+            sys.argv[1:] if argv is None else argv,
+            flags,
             tree=False,
         )
         export(args.checkpoint, args.out, args.step, args.dtype)

@@ -1,9 +1,10 @@
 """Scoring: `python -m saro_jax.score --model=DIR_OR_ID --rows=FILE --out=FILE [--a.b=value ...]`.
 
 Writes one JSON line a row, in the order of the rows. Preference rows: id, logps/chosen,
-logps/rejected, num_tokens/chosen, num_tokens/rejected; SFT rows: id, logps, num_tokens. Log-probs are
-natural logs, summed over the scored tokens (the answer with its end-of-turn token; for process pairs
-the branches only), computed by the code that SRPO trains with. `--rejects` names the rows left out.
+logps/rejected, num_tokens/chosen, num_tokens/rejected; SFT rows: id, logps, num_tokens. Log-probs
+are natural logs, summed over the scored tokens (the answer with its end-of-turn token; for process
+pairs the branches only), computed by the code that SRPO trains with, in float32 unless
+--model.dtype says otherwise. Rows that can not be scored go to OUT.rejects.jsonl.
 """
 
 import json
@@ -17,9 +18,7 @@ from tqdm import tqdm
 
 from saro_jax import config as configuration
 from saro_jax.config import Config, Flag
-from saro_jax.data import rows
-from saro_jax.data.packing import laid_out_length
-from saro_jax.data.tokenise import tokenise
+from saro_jax.data import pipeline, rows
 from saro_jax.models import decoder, hub, huggingface
 from saro_jax.parallel import mesh as meshes
 from saro_jax.parallel import sharding
@@ -55,11 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def score(config: Config, kind: str, out: Path) -> None:
+def score(config: Config, kind: rows.StageKind, out: Path) -> None:
     """Score the rows of `config.data.train` with `config.model` and write `out` atomically.
 
-    Rows that can not be scored go to OUT.rejects.jsonl; more than `data.max_reject_share` of them is
-    an error.
+    More than `data.max_reject_share` of the rows rejected is an error.
     """
     folder = hub.resolve(config.model.path, config.model.revision)
     arch = huggingface.load_architecture(folder)
@@ -68,19 +66,14 @@ def score(config: Config, kind: str, out: Path) -> None:
     branches = 2 if kind == "preference" else 1
     layout = config.srpo.layout if kind == "preference" else "shared"
     row_length = config.data.row_length or config.data.max_length * branches
-    found, rejects = rows.read(config.data.train, kind, config.data.split)
-    total = len(found) + len(rejects)
-    items, more = tokenise(
-        found, tokenizer, config.data.max_length, config.data.too_long, config.data.workers
+    items, rejects, total = pipeline.read_items(
+        config.data,
+        config.data.train,
+        kind,
+        tokenizer,
+        layout=layout,
+        row_length=row_length,
     )
-    fits = [laid_out_length(item, layout) <= row_length for item in items]
-    rejects += more
-    rejects += [
-        rows.Reject(item.where, item.id, f"too long for a packed row: data.row_length={row_length}")
-        for item, fit in zip(items, fits, strict=True)
-        if not fit
-    ]
-    items = [item for item, fit in zip(items, fits, strict=True) if fit]
     if rejects:
         rows.write_rejects(out.with_name(f"{out.name}.rejects.jsonl"), rejects)
         print(f"{len(rejects)} of {total} rows rejected: {out}.rejects.jsonl", file=sys.stderr)

@@ -28,7 +28,8 @@ from saro_jax import config as configuration
 from saro_jax.config import Config, Flag
 from saro_jax.data import pipeline, rows
 from saro_jax.data.packing import laid_out_length
-from saro_jax.data.tokenise import Item, tokenise
+from saro_jax.data.rows import StageKind
+from saro_jax.data.tokenise import Item
 from saro_jax.models import decoder, hub, huggingface
 from saro_jax.models.architecture import Architecture
 from saro_jax.parallel import mesh as meshes
@@ -39,7 +40,7 @@ from saro_jax.training.checkpoint import Checkpoints, abstract
 from saro_jax.training.metrics import Writer
 from saro_jax.training.scoring import make_scorer, score_items
 
-KINDS = {"rw": "sft", "srpo": "preference"}
+KINDS: dict[str, StageKind] = {"rw": "sft", "srpo": "preference"}
 # Largest difference of fp32 logits between the export read by transformers and this model.
 EXPORT_TOLERANCE = 2e-4
 
@@ -141,7 +142,7 @@ def run(config: Config, stage: str, out: Path) -> int:
     evaluation = None
     if evaluation_items:
         blocks = _pack_groups(evaluation_items, _groups(evaluation_items, config_rows), shape)
-        evaluation = ([blocks], eval_logps)
+        evaluation = (blocks, eval_logps)
 
     transform = optimizer.make(config.optimizer, steps)
     state = step.State(
@@ -200,7 +201,7 @@ def run(config: Config, stage: str, out: Path) -> int:
 
 
 def _with_model(config: Config, stage: str, out: Path) -> Config:
-    """Fill in `model.path` where it is null: the warmup beside `out` for srpo, else the quickstart's."""
+    """Fill in a null `model.path`: for srpo the warmup beside `out`, else the quickstart model."""
     if config.model.path is not None:
         return config
     warmup = out.parent / "rw" / "model"
@@ -245,8 +246,8 @@ def _shape(config: Config, stage: str, mesh: Mesh) -> Shape:
     shards = meshes.row_shards(mesh)
     if config.train.micro_rows % shards:
         raise ValueError(
-            f"train.micro_rows={config.train.micro_rows}: must be a multiple of the {shards} shards "
-            "that the mesh cuts rows into (mesh.data x mesh.fsdp)"
+            f"train.micro_rows={config.train.micro_rows}: must be a multiple of the {shards} "
+            "shards that the mesh cuts rows into (mesh.data x mesh.fsdp)"
         )
     length = config.data.row_length or config.data.max_length * (2 if stage == "srpo" else 1)
     return Shape(
@@ -254,28 +255,15 @@ def _shape(config: Config, stage: str, mesh: Mesh) -> Shape:
     )
 
 
-def _read_items(
-    config: Config, stage: str, source: Source, shape: Shape, sources: str | list[str]
-) -> tuple[list[Item], list[rows.Reject], int]:
-    """Items that fit a row, rejects with reasons, and the number of rows read."""
-    found, rejects = rows.read(sources, KINDS[stage], config.data.split)
-    items, more = tokenise(
-        found,
+def _read_items(config: Config, stage: str, source: Source, shape: Shape, sources):
+    return pipeline.read_items(
+        config.data,
+        sources,
+        KINDS[stage],
         source.tokenizer,
-        config.data.max_length,
-        config.data.too_long,
-        config.data.workers,
+        layout=shape.layout,
+        row_length=shape.row_length,
     )
-    rejects = rejects + more
-    kept = []
-    for item in items:
-        length = laid_out_length(item, shape.layout)
-        if length <= shape.row_length:
-            kept.append(item)
-        else:
-            reason = f"too long for a packed row: {length} tokens, the row holds {shape.row_length}"
-            rejects.append(rows.Reject(item.where, item.id, reason))
-    return kept, rejects, len(found) + len(rejects) - len(more) - (len(items) - len(kept))
 
 
 def _items(config: Config, stage: str, source: Source, shape: Shape, out: Path) -> list[Item]:
@@ -341,56 +329,40 @@ def _announce(config, stage, out, source: Source, params, items, shape: Shape, s
 
 
 def _reference(source: Source, params, items, groups, shape: Shape) -> np.ndarray:
-    """Reference log-probs of all pairs, float32 [n, 2]: from the store, the missing ones scored now."""
+    """Reference log-probs of all pairs, float32 [n, 2]: from the store, the missing scored now."""
     config = source.config
+    scorer = make_scorer(
+        source.arch,
+        source.mesh,
+        dtype=jnp.dtype(config.model.dtype),
+        remat=config.model.remat,
+        branches=2,
+    )
     where = config.srpo.reference_cache
     store = reference.ReferenceStore(Path(where) if where else hub.cache_folder() / "reference")
     try:
-        model = reference.model_key(
-            huggingface.weights_hash(source.folder),
-            f"{config.model.param_dtype} {config.model.dtype}",
-            reference.tokenizer_key(source.tokenizer),
-            shape.layout,
+        return reference.complete(
+            store,
+            reference.model_key(
+                huggingface.weights_hash(source.folder),
+                f"{config.model.param_dtype} {config.model.dtype}",
+                reference.tokenizer_key(source.tokenizer),
+                shape.layout,
+            ),
+            items,
+            groups,
+            lambda some: score_items(
+                scorer,
+                params,
+                items,
+                some,
+                row_length=shape.row_length,
+                rows=shape.rows,
+                layout=shape.layout,
+            ),
+            recheck=config.srpo.recheck,
+            tolerance=reference.TOLERANCE[config.model.dtype],
         )
-        keys = [reference.row_key(model, item) for item in items]
-        logps = store.get(keys)
-        missing = np.isnan(logps).any(axis=1)
-        scorer = make_scorer(
-            source.arch,
-            source.mesh,
-            dtype=jnp.dtype(config.model.dtype),
-            remat=config.model.remat,
-            branches=2,
-        )
-        shapes = {"row_length": shape.row_length, "rows": shape.rows, "layout": shape.layout}
-        stored = [int(i) for i in np.flatnonzero(~missing)[: config.srpo.recheck]]
-        for i, logp, tokens in score_items(scorer, params, items, [[i] for i in stored], **shapes):
-            off = np.abs(logp - logps[i]) / tokens
-            allowed = reference.TOLERANCE[config.model.dtype]
-            if (off > allowed).any():
-                raise ValueError(
-                    f"{store.path}: {items[i].where}: stored log-probs {logps[i].tolist()}, computed "
-                    f"again {logp.tolist()}: more than {allowed} nats per token apart; delete the file"
-                )
-        print(
-            f"reference: {len(items) - missing.sum()} of {len(items)} pairs in {store.path}",
-            flush=True,
-        )
-        # Whole steps are scored, so that the rows are packed as training will pack them.
-        todo = [group for group in groups if missing[np.asarray(group)].any()]
-        done = 0
-        for group in todo:
-            scored = [
-                (i, logp) for i, logp, _ in score_items(scorer, params, items, [group], **shapes)
-            ]
-            store.put((keys[i], float(a), float(b)) for i, (a, b) in scored if missing[i])
-            for i, logp in scored:
-                if missing[i]:
-                    logps[i], missing[i] = logp, False
-            done += 1
-            if done % 10 == 0 or done == len(todo):
-                print(f"reference: {done} of {len(todo)} steps scored", flush=True)
-        return logps
     finally:
         store.close()
 

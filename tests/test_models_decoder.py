@@ -79,7 +79,9 @@ def test_logits_equal_transformers_packed_and_padded(model):
         tokens, where = padded(ids, left)
         ours = logits(arch, params, tokens, where)
         for i, theirs in enumerate(want):
-            np.testing.assert_allclose(ours[i][np.asarray(where.segment)[i] > 0], theirs, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(
+                ours[i][np.asarray(where.segment)[i] > 0], theirs, rtol=0, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("model", ["llama", "gemma2"], indirect=True)
@@ -143,5 +145,5 @@ def test_dynamic_rope_refuses_longer_sequences():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     arch = from_hf(SIZES | {"model_type": "llama", "rope_parameters": rope})
     decoder.check_length(arch, 128)
-    with pytest.raises(ValueError, match="dynamic.*128.*129"):
+    with pytest.raises(ValueError, match=r"dynamic.*128.*129"):
         decoder.check_length(arch, 129)

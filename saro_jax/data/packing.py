@@ -10,26 +10,28 @@ All branches of an item lie in one row, so that its loss needs no other row.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from saro_jax.data.tokenise import Item
 
+Array = Any  # numpy on the host, jax in a step
+
 
 class Rows(NamedTuple):
     """A block of packed rows. Scored positions of a row come first in its S axis."""
 
-    tokens: np.ndarray  # int32 [B, T], 0 where padded
-    segment: np.ndarray  # int32 [B, T], 0 = padding
-    branch: np.ndarray  # int32 [B, T], 0 = shared prefix
-    position: np.ndarray  # int32 [B, T], restarts with each example, continues into each branch
-    source: np.ndarray  # int32 [B, S], index in the row of the token that predicts a scored one
-    target: np.ndarray  # int32 [B, S], id of the scored token
-    valid: np.ndarray  # bool [B, S], 1 = a scored token
-    sequence: np.ndarray  # int32 [B, S], slot * K + branch that the scored token belongs to
-    item: np.ndarray  # int32 [B, P], index of the item in each slot, -1 where empty
-    weight: np.ndarray  # float32 [B, P], 0 where empty
+    tokens: Array  # int32 [B, T], 0 where padded
+    segment: Array  # int32 [B, T], 0 = padding
+    branch: Array  # int32 [B, T], 0 = shared prefix
+    position: Array  # int32 [B, T], restarts with each example, continues into each branch
+    source: Array  # int32 [B, S], index in the row of the token that predicts a scored one
+    target: Array  # int32 [B, S], id of the scored token
+    valid: Array  # bool [B, S], 1 = a scored token
+    sequence: Array  # int32 [B, S], slot * K + branch that the scored token belongs to
+    item: Array  # int32 [B, P], index of the item in each slot, -1 where empty
+    weight: Array  # float32 [B, P], 0 where empty
 
 
 class Piece(NamedTuple):

@@ -5,12 +5,41 @@ of prefetch threads gives the same batches, and a resumed run sees what the stra
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import grain
 import numpy as np
 
-from saro_jax.data.packing import Rows, pack
-from saro_jax.data.tokenise import Item
+from saro_jax.config import DataConfig
+from saro_jax.data import rows as rows_file
+from saro_jax.data.packing import Rows, laid_out_length, pack
+from saro_jax.data.rows import Reject, StageKind
+from saro_jax.data.tokenise import Item, tokenise
+
+
+def read_items(
+    config: DataConfig,
+    sources: str | list[str],
+    kind: StageKind,
+    tokenizer: Any,
+    *,
+    layout: str,
+    row_length: int,
+) -> tuple[list[Item], list[Reject], int]:
+    """Items of the rows of `sources` that fit a packed row; rejects; how many rows were read."""
+    found, rejects = rows_file.read(sources, kind, config.split)
+    total = len(found) + len(rejects)
+    items, more = tokenise(found, tokenizer, config.max_length, config.too_long, config.workers)
+    rejects = rejects + more
+    kept = []
+    for item in items:
+        length = laid_out_length(item, layout)
+        if length <= row_length:
+            kept.append(item)
+        else:
+            reason = f"too long for a packed row: {length} tokens, data.row_length={row_length}"
+            rejects.append(Reject(item.where, item.id, reason))
+    return kept, rejects, total
 
 
 class _Pack(grain.transforms.Map):

@@ -3,10 +3,10 @@
 Legend: B rows, T tokens of a row, N query heads, K key/value heads, G = N / K, H head width,
 q/k suffixes: a block of queries / keys.
 
-Which key a query sees is decided by `Tokens` alone: keys of its own segment that stand at or before
-it in the row, in the shared prefix (branch 0) or in its own branch, and inside the sliding window.
-So a row can hold several examples, and an example can hold one prefix with several branches, without
-any of them seeing another.
+Which key a query sees is decided by `Tokens` alone: keys of its own segment that stand at or
+before it in the row, in the shared prefix (branch 0) or in its own branch, and inside the sliding
+window. So a row can hold several examples, and an example can hold one prefix with several
+branches, without any of them seeing another.
 """
 
 from functools import partial
@@ -89,7 +89,7 @@ def _ungrouped(x: jax.Array, block: int) -> jax.Array:
 
 
 def _forward(q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, block):
-    B, T, N, H = q_BTNH.shape
+    T, N, H = q_BTNH.shape[1:]
     K = k_BTKH.shape[2]
     blocks = T // block
     q = _grouped(q_BTNH, K, blocks)
@@ -201,7 +201,7 @@ def attend(
     traced. Queries of padding get zeros. Blocks of keys that no query of a block can see (earlier
     segments, outside the window, the future) are skipped, not masked.
     """
-    B, T, N, H = q_BTNH.shape
+    T, N = q_BTNH.shape[1:3]
     assert N % k_BTKH.shape[2] == 0, (q_BTNH.shape, k_BTKH.shape)
     block = min(block, T)
     pad = -T % block

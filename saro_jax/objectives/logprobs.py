@@ -37,10 +37,10 @@ def token_scores(
     """log softmax(hidden @ head.T)[target] for the valid positions, in float32.
 
     hidden_BSD: the states that predict target_BS (the position *before* each target), any float
-    dtype; head_VD is cast to it. valid_BS: True = counts; valid positions come first in each row, so
-    that chunks past the longest row are skipped at run time. softcap: Gemma's cap on the logits.
-    entropy: compute it, else zeros. Gradients flow through `logp` only; peak memory is one chunk of
-    logits, forward and backward.
+    dtype; head_VD is cast to it. valid_BS: True = counts; valid positions come first in each row,
+    so that chunks past the longest row are skipped at run time. softcap: Gemma's cap on the
+    logits. entropy: compute it, else zeros. Gradients flow through `logp` only; peak memory is one
+    chunk of logits, forward and backward.
     """
     B, S, _ = hidden_BSD.shape
     size = min(S, max(1, chunk // B))
@@ -52,7 +52,7 @@ def token_scores(
     head = head_VD.astype(hidden_BSD.dtype)
     with jax.named_scope("logits"):
         scores = _scores(hidden_BSD, head, target_BS, valid_BS, softcap, size, entropy)
-    return TokenScores(*(x[:, :S] for x in scores))
+    return TokenScores(*(x[:, :S] for x in (scores.logp, scores.correct, scores.entropy)))
 
 
 def _chunks(valid_BS: jax.Array, size: int) -> jax.Array:

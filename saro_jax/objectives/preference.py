@@ -35,7 +35,7 @@ def sigmoid(margin: jax.Array, beta: float, label_smoothing: float = 0.0) -> jax
 
 
 def robust(margin: jax.Array, beta: float, label_smoothing: float) -> jax.Array:
-    """Robust DPO, Chowdhury et al. 2024 (arXiv 2403.00409), eq. 12: unbiased under flips of rate eps.
+    """Robust DPO, Chowdhury et al. 2024 (arXiv 2403.00409), eq. 12: unbiased under label flips.
 
     [-(1 - eps) log sigmoid(beta h) + eps log sigmoid(-beta h)] / (1 - 2 eps), eps < 1/2.
     """

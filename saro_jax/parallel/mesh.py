@@ -25,7 +25,7 @@ def axis_sizes(requested: dict[str, int], devices: int) -> tuple[int, ...]:
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
     """Mesh over all devices of all processes; -1 = the rest of the devices."""
     sizes = axis_sizes({"data": data, "fsdp": fsdp, "tensor": tensor}, jax.device_count())
-    # make_mesh defaults to Explicit axes in recent versions; the compiler is to propagate shardings.
+    # make_mesh defaults to Explicit axes in recent versions; here the compiler propagates.
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

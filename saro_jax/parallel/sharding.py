@@ -1,4 +1,4 @@
-"""Where each array lies: one ordered table for parameters and optimizer moments, one rule for rows."""
+"""Where each array lies: one table for parameters and optimizer moments, one rule for rows."""
 
 import re
 from typing import Any

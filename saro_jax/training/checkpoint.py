@@ -1,5 +1,4 @@
-"""Checkpoints: the training state, the data iterator and the config, written by Orbax while training
-goes on."""
+"""Checkpoints: training state, data iterator and config, written by Orbax as training goes on."""
 
 import json
 from pathlib import Path
@@ -42,7 +41,7 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """State in the shapes, dtypes and shardings of `abstract_state`, and the data saved beside it."""
+        """State in the shapes, dtypes and shardings of `abstract_state`, and the data beside it."""
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(

@@ -47,13 +47,17 @@ def stop_signals() -> Iterator[Signalled]:
             signal.signal(number, handler)
 
 
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
 def sequence_tokens(item: Item) -> int:
     """Tokens of all branches with their prefix, as an unshared layout would count them."""
     return sum(len(item.prefix) + len(branch.ids) for branch in item.branches)
 
 
 def step_total(stage: str, blocks: Sequence[Rows]) -> float:
-    """What the loss of a step is divided by: the weight of its scored tokens (rw) or pairs (srpo)."""
+    """What a step's loss is divided by: the weight of its scored tokens (rw) or pairs (srpo)."""
     if stage == "srpo":
         return float(sum(block.weight.sum() for block in blocks))
     weights = (np.take_along_axis(block.weight, block.sequence, axis=1) for block in blocks)
@@ -99,11 +103,23 @@ def run_blocks(
     return results
 
 
+class Gradients:
+    """The gradient of a step, summed up block by block in one set of buffers."""
+
+    def __init__(self, programs: Programs, params: Any):
+        self._programs, self._params = programs, params
+        self.sum = programs.zeros(params)
+
+    def add(self, rows: Rows, reference: jax.Array, total: np.float32) -> Any:
+        """Add one block; returns its sums for the metrics."""
+        self.sum, sums = self._programs.accumulate(self._params, self.sum, rows, reference, total)
+        return sums
+
+
 def evaluate(
-    programs: Programs, mesh: Mesh, stage: str, params, steps, reference
+    programs: Programs, mesh: Mesh, stage: str, params, blocks: Sequence[Rows], reference
 ) -> dict[str, float]:
     """Means over all blocks of an evaluation set, with the prefix `eval_`."""
-    blocks = [block for step in steps for block in step]
     sums = run_blocks(
         mesh, stage, blocks, reference, lambda *args: programs.evaluate(params, *args)
     )
@@ -125,13 +141,13 @@ def fit(
     schedule: Callable[[int], Any],
     checkpoints: Checkpoints,
     writer: Writer,
-    evaluation: tuple[list[list[Rows]], np.ndarray | None] | None = None,
+    evaluation: tuple[list[Rows], np.ndarray | None] | None = None,
     tokens_before: int = 0,
 ) -> tuple[State, int]:
     """Train to `steps`; returns the state and the signal that ended it early (0 = ran to the end).
 
-    The metrics of step n - 1 are fetched when step n is under way. A loss that is not a number stops
-    the run with an error and without a checkpoint of that state.
+    The metrics of step n - 1 are fetched when step n is under way. A loss that is not a number
+    stops the run with an error and without a checkpoint of that state.
     """
     per_epoch = len(items) / config.train.batch_rows
     num_tokens, started = tokens_before, time.monotonic()
@@ -150,8 +166,8 @@ def fit(
         values["grad_norm"] = float(norm["grad_norm"])
         if not np.isfinite(values["loss"]):
             raise ValueError(
-                f"step {at}: the loss is {values['loss']}; lower optimizer.learning_rate or look at "
-                "the rows of this step"
+                f"step {at}: the loss is {values['loss']}; lower optimizer.learning_rate or look "
+                "at the rows of this step"
             )
         num_tokens += tokens
         window_tokens += tokens
@@ -173,15 +189,9 @@ def fit(
     with jax.set_mesh(mesh), stop_signals() as signalled:
         while step < steps and not signalled.number:
             blocks = next(iterator)
-            gradients = programs.zeros(state.params)
-
-            def accumulate(rows, ref, total):
-                nonlocal gradients
-                gradients, sums = programs.accumulate(state.params, gradients, rows, ref, total)
-                return sums
-
-            sums = run_blocks(mesh, stage, blocks, reference, accumulate)
-            state, norm = programs.update(state, gradients)
+            gradients = Gradients(programs, state.params)
+            sums = run_blocks(mesh, stage, blocks, reference, gradients.add)
+            state, norm = programs.update(state, gradients.sum)
             tokens = sum(
                 sequence_tokens(items[i]) for block in blocks for i in block.item[block.item >= 0]
             )
@@ -189,10 +199,9 @@ def fit(
             step += 1
             pending = step, sums, norm, tokens
             last = step == steps or signalled.number
-            if evaluation and config.train.eval_every:
-                if step % config.train.eval_every == 0 or step == steps:
-                    eval_steps, eval_reference = evaluation
-                    flush(evaluate(programs, mesh, stage, state.params, eval_steps, eval_reference))
+            if evaluation and (step == steps or _due(step, config.train.eval_every)):
+                eval_blocks, eval_reference = evaluation
+                flush(evaluate(programs, mesh, stage, state.params, eval_blocks, eval_reference))
             if last or step % config.train.save_every == 0:
                 flush()
                 data = {

@@ -45,7 +45,7 @@ class Writer:
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
         if config.train.wandb is not None:
             try:
-                import wandb
+                import wandb  # pyright: ignore[reportMissingImports]  (optional)
             except ImportError as error:
                 raise ValueError(
                     f"train.wandb={config.train.wandb}: the package wandb is not installed"

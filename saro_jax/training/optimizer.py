@@ -22,7 +22,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
         main = optax.constant_schedule(peak)
     if warmup == 0:
         return main
-    # Step k of the warm-up uses (k + 1) / warmup of the peak: a first step at rate 0 learns nothing.
+    # Step k of the warm-up uses (k + 1) / warmup of the peak: a step at rate 0 learns nothing.
     ramp = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
     return optax.join_schedules([ramp, main], [warmup])
 

@@ -7,7 +7,7 @@ learning rate or the order of the rows leave it alone.
 
 import hashlib
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +70,44 @@ class ReferenceStore:
 
     def close(self) -> None:
         self._db.close()
+
+
+def complete(
+    store: ReferenceStore,
+    model: str,
+    items: Sequence[Item],
+    groups: Sequence[Sequence[int]],
+    score: Callable[[Iterable[Sequence[int]]], Iterable[tuple[int, np.ndarray, np.ndarray]]],
+    *,
+    recheck: int,
+    tolerance: float,
+) -> np.ndarray:
+    """Log-probs of all items, float32 [n, 2]: the stored ones, and the missing scored and stored.
+
+    score: `scoring.score_items` of groups of indices. Whole groups are scored, so that rows are
+    packed as training will pack them; what is done is kept if the process dies. `recheck` stored
+    items are scored again and must agree within `tolerance` nats per scored token.
+    """
+    keys = [row_key(model, item) for item in items]
+    logps = store.get(keys)
+    missing: np.ndarray = np.isnan(logps.sum(axis=1))
+    print(
+        f"reference: {len(items) - int(missing.sum())} of {len(items)} pairs in {store.path}",
+        flush=True,
+    )
+    stored = [[int(i)] for i in np.flatnonzero(~missing)[:recheck]]
+    for i, logp, tokens in score(stored):
+        if (np.abs(logp - logps[i]) / tokens > tolerance).any():
+            raise ValueError(
+                f"{store.path}: {items[i].where}: stored log-probs {logps[i].tolist()}, now "
+                f"{logp.tolist()}: more than {tolerance} nats per token apart; delete the file"
+            )
+    todo = [group for group in groups if missing[np.asarray(group)].any()]
+    for done, group in enumerate(todo, 1):
+        new = {i: logp for i, logp, _ in score([group]) if missing[i]}
+        store.put((keys[i], float(logp[0]), float(logp[1])) for i, logp in new.items())
+        for i, logp in new.items():
+            logps[i], missing[i] = logp, False
+        if done % 10 == 0 or done == len(todo):
+            print(f"reference: {done} of {len(todo)} steps scored", flush=True)
+    return logps

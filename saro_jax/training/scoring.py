@@ -91,8 +91,8 @@ def score_items(
 ) -> Iterable[tuple[int, np.ndarray, np.ndarray]]:
     """(index, summed log-probs [K], scored tokens [K]) of items[i] for every i in the groups.
 
-    Each group is packed by itself: with the groups of the training steps, the rows are the very rows
-    that training will see, and in bfloat16 too a reference equals the policy at step 0.
+    Each group is packed by itself: with the groups of the training steps, the rows are the very
+    rows that training will see, and in bfloat16 too a reference equals the policy at step 0.
     """
     for group in groups:
         for block in pack(items, group, row_length=row_length, rows=rows, layout=layout):
