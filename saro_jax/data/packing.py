@@ -86,10 +86,15 @@ def lay_out(item: Item, index: int, layout: str) -> Piece:
         sequence.append(np.full(counts.sum(), k, np.int32))
         length += n
     return Piece(
-        index,
-        *(np.concatenate(part) for part in (tokens, branch, position, segment)),
-        *(np.concatenate(part) for part in (source, target, sequence)),
-        item.weight,
+        index=index,
+        tokens=np.concatenate(tokens),
+        branch=np.concatenate(branch),
+        position=np.concatenate(position),
+        segment=np.concatenate(segment),
+        source=np.concatenate(source),
+        target=np.concatenate(target),
+        sequence=np.concatenate(sequence),
+        weight=item.weight,
     )
 
 
@@ -144,11 +149,16 @@ def pack(
 def _block(items, members: list[list[int]], T: int, B: int, layout: str) -> Rows:
     P, K = slots(T), len(items[members[0][0]].branches)
     out = Rows(
-        *(np.zeros((B, T), np.int32) for _ in range(6)),
-        np.zeros((B, T), np.bool_),
-        np.zeros((B, T), np.int32),
-        np.full((B, P), -1, np.int32),
-        np.zeros((B, P), np.float32),
+        tokens=np.zeros((B, T), np.int32),
+        segment=np.zeros((B, T), np.int32),
+        branch=np.zeros((B, T), np.int32),
+        position=np.zeros((B, T), np.int32),
+        source=np.zeros((B, T), np.int32),
+        target=np.zeros((B, T), np.int32),
+        valid=np.zeros((B, T), np.bool_),
+        sequence=np.zeros((B, T), np.int32),
+        item=np.full((B, P), -1, np.int32),
+        weight=np.zeros((B, P), np.float32),
     )
     for b, row in enumerate(members):
         at, scored, segments = 0, 0, 0

@@ -10,7 +10,7 @@ branches, without any of them seeing another.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -211,7 +211,8 @@ def attend(
         )
         tokens = Tokens(*(jnp.pad(t, ((0, 0), (0, pad))) for t in tokens))
     window = jnp.asarray(window, jnp.int32)
-    return _blockwise(q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, block)[:, :T]
+    out = _blockwise(q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, block)
+    return cast(jax.Array, out)[:, :T]
 
 
 def attend_cache(

@@ -4,7 +4,7 @@ Legend: B rows, S scored positions of a row (padded), C chunk of them, D hidden,
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +51,11 @@ def token_scores(
         valid_BS = jnp.pad(valid_BS, ((0, 0), (0, pad)))
     head = head_VD.astype(hidden_BSD.dtype)
     with jax.named_scope("logits"):
-        scores = _scores(hidden_BSD, head, target_BS, valid_BS, softcap, size, entropy)
-    return TokenScores(*(x[:, :S] for x in (scores.logp, scores.correct, scores.entropy)))
+        scores = cast(
+            TokenScores,
+            _scores(hidden_BSD, head, target_BS, valid_BS, softcap, size, entropy),
+        )
+    return TokenScores(scores.logp[:, :S], scores.correct[:, :S], scores.entropy[:, :S])
 
 
 def _chunks(valid_BS: jax.Array, size: int) -> jax.Array:
