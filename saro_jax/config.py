@@ -94,7 +94,13 @@ class DataConfig(Section):
     row_length: int | None = Field(
         default=None,
         ge=2,
-        description="tokens of one packed row; null = data.max_length for rw, twice that for srpo",
+        description="tokens of one packed row; null = 2 x data.max_length for rw, 4 x for srpo",
+    )
+    row_buckets: int = Field(
+        default=4,
+        ge=1,
+        description="lengths that rows come in, equal parts of row_length: more lengths, less "
+        "padding, more programs to compile; 1 = every row has row_length",
     )
     shuffle: bool = Field(
         default=True, description="new order of the rows in every epoch, drawn from seed"

@@ -65,7 +65,7 @@ def score(config: Config, kind: rows.StageKind, out: Path) -> None:
     tokenizer = chat.load_tokenizer(folder, config.model.chat_template)
     branches = 2 if kind == "preference" else 1
     layout = config.srpo.layout if kind == "preference" else "shared"
-    row_length = config.data.row_length or config.data.max_length * branches
+    row_length = pipeline.row_length(config.data, kind)
     items, rejects, total = pipeline.read_items(
         config.data,
         config.data.train,
@@ -87,9 +87,8 @@ def score(config: Config, kind: rows.StageKind, out: Path) -> None:
     groups = [range(i, min(i + GROUP, len(items))) for i in range(0, len(items), GROUP)]
     micro_rows = max(config.train.micro_rows, meshes.row_shards(mesh))
     results = {}
-    scored = score_items(
-        scorer, params, items, groups, row_length=row_length, rows=micro_rows, layout=layout
-    )
+    shape = pipeline.Shape(row_length, micro_rows, layout, config.data.row_buckets)
+    scored = score_items(scorer, params, items, groups, shape)
     for i, logp, tokens in tqdm(scored, total=len(items), unit="row", disable=None):
         if kind == "preference":
             results[i] = {

@@ -27,7 +27,8 @@ from jax.sharding import Mesh
 from saro_jax import config as configuration
 from saro_jax.config import Config, Flag
 from saro_jax.data import pipeline, rows
-from saro_jax.data.packing import laid_out_length
+from saro_jax.data.packing import laid_out_length, pack
+from saro_jax.data.pipeline import Shape
 from saro_jax.data.rows import StageKind
 from saro_jax.data.tokenise import Item
 from saro_jax.models import decoder, hub, huggingface
@@ -62,15 +63,6 @@ class Source:
         return huggingface.load_params(
             self.folder, self.arch, dtype, sharding.shardings(self.mesh, shapes)
         )
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How items become blocks: the layout, and tokens and number of the rows of a block."""
-
-    row_length: int
-    rows: int
-    layout: str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,9 +144,7 @@ def run(config: Config, stage: str, out: Path) -> int:
     iterator = pipeline.steps(
         items,
         batch_rows=config_rows,
-        row_length=shape.row_length,
-        rows=shape.rows,
-        layout=shape.layout,
+        shape=shape,
         seed=config.seed,
         shuffle=config.data.shuffle,
         prefetch=config.data.prefetch,
@@ -249,10 +239,9 @@ def _shape(config: Config, stage: str, mesh: Mesh) -> Shape:
             f"train.micro_rows={config.train.micro_rows}: must be a multiple of the {shards} "
             "shards that the mesh cuts rows into (mesh.data x mesh.fsdp)"
         )
-    length = config.data.row_length or config.data.max_length * (2 if stage == "srpo" else 1)
-    return Shape(
-        length, config.train.micro_rows, config.srpo.layout if stage == "srpo" else "shared"
-    )
+    length = pipeline.row_length(config.data, KINDS[stage])
+    layout = config.srpo.layout if stage == "srpo" else "shared"
+    return Shape(length, config.train.micro_rows, layout, config.data.row_buckets)
 
 
 def _read_items(config: Config, stage: str, source: Source, shape: Shape, sources):
@@ -300,9 +289,7 @@ def _groups(items: Sequence[Item], size: int) -> list[list[int]]:
 def _pack_groups(items, groups, shape: Shape):
     blocks = []
     for group in groups:
-        blocks += pipeline.pack(
-            items, group, row_length=shape.row_length, rows=shape.rows, layout=shape.layout
-        )
+        blocks += pack(items, group, **shape._asdict())
     return blocks
 
 
@@ -351,15 +338,7 @@ def _reference(source: Source, params, items, groups, shape: Shape) -> np.ndarra
             ),
             items,
             groups,
-            lambda some: score_items(
-                scorer,
-                params,
-                items,
-                some,
-                row_length=shape.row_length,
-                rows=shape.rows,
-                layout=shape.layout,
-            ),
+            lambda some: score_items(scorer, params, items, some, shape),
             recheck=config.srpo.recheck,
             tolerance=reference.TOLERANCE[config.model.dtype],
         )

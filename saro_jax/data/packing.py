@@ -1,4 +1,4 @@
-"""Items -> packed rows of one fixed shape.
+"""Items -> packed rows of a few fixed shapes.
 
 Legend: B rows, T tokens of a row, S scored positions of a row (S = T, padded), P item slots of a
 row, K branches of an item (1 for a conversation, 2 for a preference pair).
@@ -134,20 +134,28 @@ def pack(
     row_length: int,
     rows: int,
     layout: str,
+    buckets: int = 1,
 ) -> Iterator[Rows]:
     """Blocks of `rows` packed rows that hold items[i] for i in indices, each exactly once.
 
+    A block's rows have the smallest of `buckets` lengths (equal parts of row_length) that holds
+    what is in them: each length is a program of its own to compile, and less padding to compute.
     The last block is filled up with empty rows. Deterministic in its arguments.
     """
     lengths = [laid_out_length(items[i], layout) for i in indices]
     bins = first_fit(lengths, row_length, slots(row_length))
+    used = {id(members): sum(lengths[i] for i in members) for members in bins}
+    bins.sort(key=lambda members: -used[id(members)])
+    part = -(-row_length // buckets)
     for start in range(0, len(bins), rows):
-        block = [[indices[i] for i in members] for members in bins[start : start + rows]]
-        yield _block(items, block, row_length, rows, layout)
+        block = bins[start : start + rows]
+        T = min(row_length, -(-used[id(block[0])] // part) * part)
+        members = [[indices[i] for i in row] for row in block]
+        yield _block(items, members, T, rows, slots(row_length), layout)
 
 
-def _block(items, members: list[list[int]], T: int, B: int, layout: str) -> Rows:
-    P, K = slots(T), len(items[members[0][0]].branches)
+def _block(items, members: list[list[int]], T: int, B: int, P: int, layout: str) -> Rows:
+    K = len(items[members[0][0]].branches)
     out = Rows(
         tokens=np.zeros((B, T), np.int32),
         segment=np.zeros((B, T), np.int32),

@@ -5,7 +5,7 @@ of prefetch threads gives the same batches, and a resumed run sees what the stra
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -15,6 +15,20 @@ from saro_jax.data import rows as rows_file
 from saro_jax.data.packing import Rows, laid_out_length, pack
 from saro_jax.data.rows import Reject, StageKind
 from saro_jax.data.tokenise import Item, tokenise
+
+
+class Shape(NamedTuple):
+    """How items become blocks: tokens and number of their rows, layout, number of row lengths."""
+
+    row_length: int
+    rows: int
+    layout: str
+    buckets: int = 1
+
+
+def row_length(config: DataConfig, kind: StageKind) -> int:
+    """Tokens of a packed row: given, or room for two conversations or two pairs of any length."""
+    return config.row_length or config.max_length * (4 if kind == "preference" else 2)
 
 
 def read_items(
@@ -43,13 +57,12 @@ def read_items(
 
 
 class _Pack(grain.transforms.Map):
-    def __init__(self, items, row_length: int, rows: int, layout: str):
-        self._items, self._shape = items, {"row_length": row_length, "rows": rows}
-        self._layout = layout
+    def __init__(self, items: Sequence[Item], shape: Shape):
+        self._items, self._shape = items, shape
 
     def map(self, element: np.ndarray) -> list[Rows]:
         indices = [int(i) for i in np.atleast_1d(element)]
-        return list(pack(self._items, indices, layout=self._layout, **self._shape))
+        return list(pack(self._items, indices, **self._shape._asdict()))
 
 
 def order(count: int, batch_rows: int, *, seed: int, shuffle: bool) -> grain.MapDataset:
@@ -67,18 +80,16 @@ def steps(
     items: Sequence[Item],
     *,
     batch_rows: int,
-    row_length: int,
-    rows: int,
-    layout: str,
+    shape: Shape,
     seed: int,
     shuffle: bool = True,
     prefetch: int = 2,
 ) -> grain.DatasetIterator:
-    """Endless iterator of steps, each a list of `Rows` blocks [rows, row_length].
+    """Endless iterator of steps, each a list of `Rows` blocks of `shape`.
 
     Its `get_state` / `set_state` are what a checkpoint keeps. prefetch: steps packed ahead.
     """
     dataset = order(len(items), batch_rows, seed=seed, shuffle=shuffle)
-    dataset = dataset.map(_Pack(items, row_length, rows, layout))
+    dataset = dataset.map(_Pack(items, shape))
     options = grain.ReadOptions(num_threads=1 if prefetch else 0, prefetch_buffer_size=prefetch)
     return iter(dataset.to_iter_dataset(options))

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saro_jax.data.packing import Rows, pack
+from saro_jax.data.pipeline import Shape
 from saro_jax.data.tokenise import Item
 from saro_jax.models import decoder
 from saro_jax.models.architecture import Architecture
@@ -84,10 +85,7 @@ def score_items(
     params: Any,
     items: Sequence[Item],
     groups: Iterable[Sequence[int]],
-    *,
-    row_length: int,
-    rows: int,
-    layout: str,
+    shape: Shape,
 ) -> Iterable[tuple[int, np.ndarray, np.ndarray]]:
     """(index, summed log-probs [K], scored tokens [K]) of items[i] for every i in the groups.
 
@@ -95,7 +93,7 @@ def score_items(
     rows that training will see, and in bfloat16 too a reference equals the policy at step 0.
     """
     for group in groups:
-        for block in pack(items, group, row_length=row_length, rows=rows, layout=layout):
+        for block in pack(items, group, **shape._asdict()):
             sums = jax.device_get(scorer(params, block))
             for b, slot in zip(*np.nonzero(block.item >= 0), strict=True):
                 yield int(block.item[b, slot]), sums.logp[b, slot], sums.tokens[b, slot]
