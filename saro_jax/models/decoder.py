@@ -29,7 +29,7 @@ SAVED_DOTS = ("q", "k", "v", "attention", "gate", "up")  # what remat policy "do
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far; [L, B, S, K, H] each."""
+    """Keys and values of the tokens so far; [L, B, K, S, H] each."""
 
     k: jax.Array
     v: jax.Array
@@ -175,7 +175,7 @@ def _module(arch: Architecture, params: Params) -> Decoder:
 
 
 def check_length(arch: Architecture, length: int) -> None:
-    """Refuse sequences that a dynamic RoPE would rescale: its angles depend on the whole sequence."""
+    """Refuse lengths that a dynamic RoPE would rescale: its angles depend on the whole sequence."""
     for rope in arch.rope:
         limit = rope.original_max_position_embeddings
         if rope.kind == "dynamic" and limit is not None and length > limit:
@@ -276,7 +276,7 @@ def forward(
 
 
 def logits(arch: Architecture, params: Params, hidden: jax.Array) -> jax.Array:
-    """float32 logits [..., V] of hidden states [..., D]; for a few positions, not for a whole row."""
+    """float32 logits [..., V] of hidden states [..., D]; for a few positions, not a whole row."""
     weight = head(arch, params).astype(hidden.dtype)
     out = jnp.einsum("...D,VD->...V", hidden, weight, preferred_element_type=F32)
     return soft_cap(out, arch.final_softcap)
@@ -287,8 +287,25 @@ def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
 
 
 def empty_cache(arch: Architecture, batch: int, slots: int, dtype: Any) -> Cache:
-    shape = (arch.num_layers, batch, slots, arch.num_kv_heads, arch.head_dim)
+    shape = (arch.num_layers, batch, arch.num_kv_heads, slots, arch.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def unstack(tree: Any, layers: int) -> Any:
+    """A tuple of per-layer trees out of one whose leaves are stacked on axis 0."""
+    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(layers))
+
+
+def unstack_layers(params: Params) -> Params:
+    """The parameters with a tuple of layers in place of the stack, which `decode` runs unrolled.
+
+    A scan copies each layer out of the stack before it multiplies, which on CPU costs a decode step
+    as much as the products themselves (`benchmarks/decode_cpu.py` has the table). Compiling takes
+    as many times longer as there are layers.
+    """
+    layers = params["model"]["layers"]
+    count = len(jax.tree.leaves(layers)[0])
+    return params | {"model": params["model"] | {"layers": unstack(layers, count)}}
 
 
 def decode(
@@ -296,33 +313,43 @@ def decode(
     params: Params,
     tokens_BT: jax.Array,
     position_BT: jax.Array,
-    cache: Cache,
+    cache: Cache | tuple[Cache, ...],
     *,
     dtype: Any = F32,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, Any]:
     """Append T tokens to a cache and return their hidden states [B, T, D] and the new cache.
 
     Slot s of a row holds the token at position s, so position_BT says where to write; tokens of a
     row are contiguous and a row's first T may be right-padded: what lies past a row's length is
-    overwritten before it is ever attended. The cache rides in the scan's carry, which XLA updates in
-    place (as scanned input and output it would be copied).
+    overwritten before it is ever attended. The cache rides in the scan's carry, which XLA updates
+    in place (as scanned input and output it would be copied). With params of `unstack_layers` the
+    cache is a tuple too: one `Cache` [B, K, S, H] a layer, which `unstack` makes.
     """
+    layers = params["model"]["layers"]
+    unrolled = isinstance(layers, tuple)
+    if unrolled:  # any one layer serves as pattern for the modules of all
+        params = params | {"model": params["model"] | {"layers": layers[0]}}
     model, x_BTD, windows, variants, rope_of = _enter(arch, params, tokens_BT, position_BT, dtype)
-    rows = jnp.arange(tokens_BT.shape[0])[:, None]
+    row_B11 = jnp.arange(tokens_BT.shape[0])[:, None, None]
+    head_K1 = jnp.arange(arch.num_kv_heads)[:, None]
+    slot_B1T = position_BT[:, None]
 
-    def body(carry, scanned):
-        x_BTD, cache = carry
-        layer, window, variant, index = scanned
+    def run(layer, x_BTD, cache, at, window, variant):
+        """One layer; its keys and values are those of the cache at index `at`."""
 
         def mix(q, k, v):
             new = Cache(
-                cache.k.at[index, rows, position_BT].set(k.astype(cache.k.dtype), mode="drop"),
-                cache.v.at[index, rows, position_BT].set(v.astype(cache.v.dtype), mode="drop"),
+                *(
+                    old.at[(*at, row_B11, head_K1, slot_B1T)].set(
+                        fresh.swapaxes(1, 2).astype(old.dtype), mode="drop"
+                    )
+                    for old, fresh in zip(cache, (k, v), strict=True)
+                )
             )
             out = attend_cache(
                 q,
-                new.k[index],
-                new.v[index],
+                new.k[at].swapaxes(1, 2),
+                new.v[at].swapaxes(1, 2),
                 position_BT,
                 window,
                 arch.attention_scale,
@@ -330,9 +357,31 @@ def decode(
             )
             return out, new
 
-        x_BTD, cache = layer(x_BTD, arch, rope_of(variant), mix)
-        return (x_BTD, cache), None
+        return layer(x_BTD, arch, rope_of(variant), mix)
+
+    if unrolled:
+        news = []
+        for i, (layer, old) in enumerate(zip(_modules(model.layers, layers), cache, strict=True)):
+            x_BTD, new = run(layer, x_BTD, old, (), windows[i], variants[i])
+            news.append(new)
+        return model.norm(x_BTD, arch), tuple(news)
+
+    def body(carry, scanned):
+        layer, window, variant, index = scanned
+        x_BTD, cache = carry
+        return run(layer, x_BTD, cache, (index,), window, variant), None
 
     scanned = (model.layers, windows, variants, jnp.arange(arch.num_layers))
     (x_BTD, cache), _ = lax.scan(body, (x_BTD, cache), scanned)
     return model.norm(x_BTD, arch), cache
+
+
+def _modules(pattern: Layer, trees: tuple[Params, ...]) -> list[Layer]:
+    """A module like `pattern` for each parameter tree."""
+    graph, abstract = nnx.split(pattern)
+    modules = []
+    for tree in trees:
+        state = jax.tree.map(lambda leaf: leaf, abstract)
+        nnx.replace_by_pure_dict(state, tree)
+        modules.append(nnx.merge(graph, state))
+    return modules

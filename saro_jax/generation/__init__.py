@@ -1,0 +1,1 @@
+"""Text from the model: prompts to sampled tokens with their log-probs."""
