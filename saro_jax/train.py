@@ -137,9 +137,7 @@ def run(config: Config, stage: str, out: Path) -> int:
         evaluation = (blocks, eval_logps)
 
     transform = optimizer.make(config.optimizer, steps)
-    state = step.State(
-        jnp.zeros((), jnp.int32), params, step.init_optimizer(transform, params, mesh)
-    )
+    state = step.init_state(transform, params, mesh)
     del params
     iterator = pipeline.steps(
         items,

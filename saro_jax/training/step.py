@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saro_jax.config import Config
 from saro_jax.data.packing import Rows
@@ -101,10 +102,13 @@ def abstract_params(arch: Architecture, dtype: Any) -> Any:
     return decoder.abstract_params(arch, dtype)
 
 
-def init_optimizer(optimizer: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
-    """Optimizer state, its moments laid out as the parameters they belong to."""
+def init_state(optimizer: optax.GradientTransformation, params: Any, mesh: Mesh) -> State:
+    """State at step 0, the optimizer's moments laid out as the parameters they belong to."""
     shapes = jax.eval_shape(optimizer.init, params)
-    return jax.jit(optimizer.init, out_shardings=sharding.shardings(mesh, shapes))(params)
+    inner = jax.jit(optimizer.init, out_shardings=sharding.shardings(mesh, shapes))(params)
+    # Committed to the mesh like the rest, so that step 1 and step 2 are one program.
+    start = jax.device_put(np.zeros((), np.int32), NamedSharding(mesh, PartitionSpec()))
+    return State(start, params, inner)
 
 
 def owned(state: State) -> State:
@@ -127,7 +131,7 @@ def programs(
     def update(state: State, gradients):
         updates, inner = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         return State(state.step + 1, params, inner), {"grad_norm": norm}
 
     def zeros(params):
