@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart"),
         Flag("out", "output folder; default runs/RECIPE", parse=Path),
         Flag("held-out", "prompts to measure on: rows {id, kind, prompt}", HELD_OUT),
-        Flag("max-new-tokens", "longest response that is measured", 192, parse=int),
+        Flag("max-new-tokens", "longest response that is measured", 320, parse=int),
     ]
     try:
         args = configuration.parse_command_line(

@@ -26,7 +26,7 @@ def rows() -> Tokens:
 
 
 def mask(tokens: Tokens, window: int) -> jax.Array:
-    """The rule in words: same example, at or before, own branch or the prefix, within the window."""
+    """The rule in words: same example, not later, own branch or the prefix, within the window."""
     s, b, p = (np.asarray(x) for x in tokens)
     seen = np.zeros((B, T, T), bool)
     for r in range(B):

@@ -1,4 +1,4 @@
-"""The decoder: logits of every architecture against transformers, packed and padded; remat; cache."""
+"""The decoder: logits of every architecture against transformers; packing, remat, cache."""
 
 from typing import Any
 

@@ -25,7 +25,11 @@ def test_values_and_gradients(shape, dtype, jit):
 
     y, dx, dw = (jax.jit(run) if jit else run)(x, w)
     assert (y.dtype, dx.dtype, dw.dtype) == (dtype, dtype, jnp.float32)
-    x32, w32, g32 = x.astype(jnp.float32), w.astype(dtype).astype(jnp.float32), g.astype(jnp.float32)
+    x32, w32, g32 = (
+        x.astype(jnp.float32),
+        w.astype(dtype).astype(jnp.float32),
+        g.astype(jnp.float32),
+    )
     rows, cot = x32.reshape(-1, shape[-1]), g32.reshape(-1, 48)
     close = {"rtol": 1e-2, "atol": 1e-2} if dtype == jnp.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
     np.testing.assert_allclose(y.astype(jnp.float32), x32 @ w32, **close)
