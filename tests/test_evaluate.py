@@ -107,7 +107,7 @@ def test_every_response_has_one_outcome(scripted):
         "o1": "empty_answer",
         "o2": "empty_answer",
     }
-    assert seen["stop_ids"] == {7, tokenizer.eos_token_id}
+    assert sorted(seen["stop_ids"]) == [7, tokenizer.eos_token_id]
     kinds = summary["kinds"]
     assert list(kinds) == ["harmful", "jailbreak", "benign", "borderline"]
     for row in kinds.values():
@@ -142,7 +142,7 @@ def test_reasoning_opened_by_the_generation_prompt(scripted):
 
 
 def test_a_prompt_that_cannot_be_rendered_is_named(scripted):
-    with pytest.raises(ValueError, match="prompt x: control token in text: '<.im_end.>'"):
+    with pytest.raises(ValueError, match=r"prompt x: control token in text: '<.im_end.>'"):
         arch = from_hf({"model_type": "llama"})
         prompts = [Prompt("x", "benign", "a<|im_end|>b")]
         measure(arch, {}, byte_tokenizer(), prompts, max_new_tokens=1, batch_size=1)

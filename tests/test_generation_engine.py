@@ -32,23 +32,23 @@ def tiny():
     return arch, params, prompts_of(arch)
 
 
-@partial(jax.jit, static_argnums=0)
-def log_probs(arch, params, tokens):
+@partial(jax.jit, static_argnums=(0, 3))
+def log_probs(arch, params, tokens, dtype):
     """Log-probs [B, T - 1] of right-padded rows' tokens after the first, by one forward pass."""
     ones = jnp.ones_like(tokens)
     position = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    hidden = decoder.forward(arch, params, tokens, Tokens(ones, 0 * ones, position))
+    hidden = decoder.forward(arch, params, tokens, Tokens(ones, 0 * ones, position), dtype=dtype)
     logp = jax.nn.log_softmax(decoder.logits(arch, params, hidden)[:, :-1])
     return jnp.take_along_axis(logp, tokens[:, 1:, None], 2)[..., 0]
 
 
-def check_scores(arch, params, prompts, completions, atol: float = 1e-4) -> None:
+def check_scores(arch, params, prompts, completions, dtype=jnp.float32, atol=1e-4) -> None:
     rows = np.zeros((len(prompts), max(LENGTHS) + NEW), np.int32)
     for row, prompt, completion in zip(rows, prompts, completions, strict=True):
         whole = np.concatenate([prompt, completion.ids])
         row[: len(whole)] = whole
     for logp, prompt, completion in zip(
-        np.asarray(log_probs(arch, params, rows)), prompts, completions, strict=True
+        np.asarray(log_probs(arch, params, rows, dtype)), prompts, completions, strict=True
     ):
         want = logp[len(prompt) - 1 : len(prompt) - 1 + len(completion.ids)]
         np.testing.assert_allclose(completion.logps, want, atol=atol)
@@ -63,7 +63,13 @@ def same(a: list[Completion], b: list[Completion]) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama3-tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"], ids=str
+    "family",
+    [
+        "llama3-tied",
+        "qwen3",
+        "gemma2",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "qwen2", "gemma3")),
+    ],
 )
 def test_greedy_equals_transformers_and_a_full_forward(family: str, tmp_path):
     torch = pytest.importorskip("torch")
@@ -122,8 +128,7 @@ def test_a_completion_depends_on_its_own_request_alone(tiny, temperature: float)
         )
 
     whole = run(prompts)
-    for batch_size in (2, 3):
-        same(run(prompts, batch_size=batch_size), whole)
+    same(run(prompts, batch_size=2), whole)
     # Request i keeps its place while every other prompt is another one.
     others = [prompts[2] if i != 3 else prompt for i, prompt in enumerate(prompts)]
     same([run(others)[3]], [whole[3]])
@@ -191,11 +196,8 @@ def test_bfloat16_scores_its_own_tokens(tiny):
     found = generate(
         arch, params, prompts, max_new_tokens=NEW, batch_size=8, stop_ids=[], dtype=jnp.bfloat16
     )
-    # Single tokens differ by what bfloat16 rounds; the mean tells a wrong position or mask.
-    check_scores(arch, params, prompts, found, atol=0.5)
-    whole = np.concatenate([completion.logps for completion in found])
-    rows = generate(arch, params, prompts, max_new_tokens=NEW, batch_size=8, stop_ids=[])
-    assert abs(whole.mean() - np.concatenate([c.logps for c in rows]).mean()) < 0.1
+    # Against the forward pass in bfloat16 too; the rest is rounding in another order.
+    check_scores(arch, params, prompts, found, dtype=jnp.bfloat16, atol=0.2)
 
 
 def test_cast_leaves_norms_alone(tiny):

@@ -1,0 +1,112 @@
+"""Sharding rules: every parameter and moment of every family has one, unknown names have none."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from saro_jax.config import OptimizerConfig
+from saro_jax.models import decoder
+from saro_jax.models.architecture import from_hf
+from saro_jax.parallel import mesh as meshes
+from saro_jax.parallel import sharding
+from saro_jax.training import optimizer
+
+MESH: Any = AbstractMesh((2, 2, 2), meshes.AXES)
+FAMILIES = {
+    "llama": {},
+    "untied": {"tie_word_embeddings": False},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"model_type": "mistral"},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "attention_bias": True},
+    "gemma2": {"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh"},
+    "gemma3": {"model_type": "gemma3_text", "hidden_act": "gelu_pytorch_tanh"},
+}
+
+
+def shapes(family="llama"):
+    return decoder.abstract_params(from_hf(tiny.CONFIG | FAMILIES[family]))
+
+
+def specs(tree):
+    found = {}
+    for path, place in jax.tree_util.tree_flatten_with_path(sharding.shardings(MESH, tree))[0]:
+        found[sharding.path_name(path)] = place.spec
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_matrix_is_cut_along_both_axes_and_the_rest_whole(family):
+    for name, spec in specs(shapes(family)).items():
+        if "norm" in name:
+            assert spec == P(), name
+        elif name.endswith("bias"):
+            assert spec in (P(), P(None, "tensor")), name
+        else:
+            assert {axis for axis in spec if axis} == {"fsdp", "tensor"}, name
+
+
+def test_the_table():
+    found = specs(shapes("biases"))
+    assert found["model/embed_tokens/weight"] == P("tensor", "fsdp")
+    for name in ("self_attn/q_proj", "self_attn/v_proj", "mlp/gate_proj", "mlp/up_proj"):
+        assert found[f"model/layers/{name}/weight"] == P(None, "fsdp", "tensor")
+        assert found[f"model/layers/{name}/bias"] == P(None, "tensor")
+    for name in ("self_attn/o_proj", "mlp/down_proj"):
+        assert found[f"model/layers/{name}/weight"] == P(None, "tensor", "fsdp")
+        assert found[f"model/layers/{name}/bias"] == P()
+
+
+def test_layers_are_never_cut():
+    for name, spec in specs(shapes("biases")).items():
+        if name.startswith("model/layers") and spec != P():
+            assert spec[0] is None, name
+
+
+def test_a_parameter_without_a_rule_is_an_error():
+    tree = shapes() | {"adapter": {"weight": jax.ShapeDtypeStruct((4, 4), jnp.float32)}}
+    with pytest.raises(ValueError, match=r"^no sharding rule for parameter 'adapter/weight'"):
+        sharding.shardings(MESH, tree)
+    # A name that only contains a known one has no rule either.
+    with pytest.raises(ValueError, match="no sharding rule"):
+        sharding.spec("model/layers/mlp/gate_proj/weight_scale", (2, 4))
+
+
+def test_scalars_are_replicated():
+    assert sharding.spec("anything", ()) == P()
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_optimizer_moments_lie_where_their_parameters_do(name):
+    params = shapes("untied")
+    state = jax.eval_shape(optimizer.make(OptimizerConfig(name=name), 10).init, params)
+    found, expected = specs(state), specs(params)
+    moments = {key: spec for key, spec in found.items() if not key.endswith("count")}
+    assert len(moments) == (2 * len(expected) if name == "adamw" else 0)
+    for key, spec in moments.items():
+        owner = next(param for param in expected if key.endswith(param))
+        assert spec == expected[owner], key
+
+
+def test_an_axis_that_does_not_divide_is_named():
+    mesh: Any = AbstractMesh((1, 7, 1), meshes.AXES)
+    with pytest.raises(ValueError, match=r"64 does not divide by mesh\.fsdp=7$"):
+        sharding.shardings(mesh, shapes())
+
+
+def test_rows_are_cut_over_data_and_fsdp():
+    assert sharding.rows(meshes.make_mesh()).spec == P(("data", "fsdp"))
+
+
+def test_activations_are_constrained_only_where_a_mesh_is_set():
+    def program():
+        return jax.jit(sharding.constrain_rows).lower(jnp.zeros((8, 4))).as_text()
+
+    assert "sharding_constraint" not in program()
+    with jax.set_mesh(meshes.make_mesh()):
+        assert "sharding_constraint" in program()

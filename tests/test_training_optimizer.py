@@ -1,0 +1,103 @@
+"""The optimizer: schedules at known steps, and updates against the formulas written out."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from saro_jax.config import OptimizerConfig
+from saro_jax.training import optimizer
+
+
+def rates(steps, **options):
+    schedule = optimizer.learning_rate(OptimizerConfig(learning_rate=2.0, **options), steps)
+    return np.array([np.asarray(schedule(k)) for k in range(steps)])
+
+
+def test_warm_up_climbs_in_equal_steps_and_learns_from_the_first():
+    found = rates(20, warmup_ratio=0.2, schedule="constant")
+    np.testing.assert_allclose(found[:4], [0.5, 1.0, 1.5, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(found[4:], 2.0, rtol=1e-6)
+
+
+def test_without_warm_up_the_first_step_has_the_peak():
+    for schedule in ("cosine", "linear", "constant"):
+        assert rates(10, warmup_ratio=0.0, schedule=schedule)[0] == pytest.approx(2.0)
+
+
+def test_one_step_of_warm_up_is_at_the_peak():
+    assert rates(10, warmup_ratio=0.1, schedule="constant")[0] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.25])
+def test_cosine_and_linear_go_from_the_peak_to_the_floor(floor):
+    k = np.arange(8) / 8
+    cosine = rates(10, warmup_ratio=0.2, schedule="cosine", min_lr_ratio=floor)[2:]
+    expected = 2 * (floor + (1 - floor) * (1 + np.cos(np.pi * k)) / 2)
+    np.testing.assert_allclose(cosine, expected, rtol=1e-5)
+    linear = rates(10, warmup_ratio=0.2, schedule="linear", min_lr_ratio=floor)[2:]
+    np.testing.assert_allclose(linear, 2 * (1 - (1 - floor) * k), rtol=1e-5)
+
+
+def test_a_run_of_warm_up_only_ends_at_the_peak():
+    np.testing.assert_allclose(rates(4, warmup_ratio=1.0), [0.5, 1.0, 1.5, 2.0], rtol=1e-6)
+
+
+def test_matrices_decay_and_norms_and_biases_do_not():
+    tree = tiny.params()
+    tree["model"]["layers"]["mlp"]["up_proj"]["bias"] = jnp.zeros((2, 96))
+    mask = optimizer.decayed(tree)
+    layers = mask["model"]["layers"]
+    assert mask["model"]["embed_tokens"]["weight"] and layers["mlp"]["up_proj"]["weight"]
+    assert layers["self_attn"]["o_proj"]["weight"]
+    assert not layers["mlp"]["up_proj"]["bias"]
+    assert not layers["input_layernorm"]["weight"] and not mask["model"]["norm"]["weight"]
+
+
+PARAMS = {"w": {"weight": jnp.array([[1.0, -2.0], [0.5, 4.0]])}, "norm": {"weight": jnp.ones(2)}}
+GRADIENTS = [jax.tree.map(lambda x, f=f: f * x + f, PARAMS) for f in (0.5, -0.2, 0.1)]
+
+
+def updated(steps=3, **options):
+    options = {"schedule": "constant", "warmup_ratio": 0.0, "learning_rate": 0.1} | options
+    transform = optimizer.make(OptimizerConfig(**options), 10)
+    params: Any = PARAMS
+    state = transform.init(PARAMS)
+    for gradient in GRADIENTS[:steps]:
+        updates, state = transform.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def test_adamw_follows_its_formula():
+    b1, b2, eps, decay = 0.8, 0.9, 1e-3, 0.05
+    found = updated(b1=b1, b2=b2, eps=eps, weight_decay=decay, max_grad_norm=0.0)
+    for key, rate in (("w", decay), ("norm", 0.0)):
+        x = np.asarray(PARAMS[key]["weight"], np.float64)
+        mean = square = 0.0
+        for k, gradient in enumerate(GRADIENTS, 1):
+            g = np.asarray(gradient[key]["weight"], np.float64)
+            mean, square = b1 * mean + (1 - b1) * g, b2 * square + (1 - b2) * g * g
+            step = (mean / (1 - b1**k)) / (np.sqrt(square / (1 - b2**k)) + eps)
+            x = x - 0.1 * (step + rate * x)
+        np.testing.assert_allclose(found[key]["weight"], x, rtol=1e-5)
+
+
+def test_sgd_is_the_clipped_gradient_with_decoupled_decay():
+    found = updated(steps=1, name="sgd", weight_decay=0.05, max_grad_norm=1.0)
+    gradient = GRADIENTS[0]
+    norm = float(np.sqrt(sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(gradient))))
+    assert norm > 1
+    for key, rate in (("w", 0.05), ("norm", 0.0)):
+        x, g = np.asarray(PARAMS[key]["weight"]), np.asarray(gradient[key]["weight"])
+        np.testing.assert_allclose(found[key]["weight"], x - 0.1 * (g / norm + rate * x), rtol=1e-5)
+
+
+def test_a_limit_of_0_does_not_clip():
+    found = updated(steps=1, name="sgd", weight_decay=0.0, max_grad_norm=0.0)
+    x, g = np.asarray(PARAMS["w"]["weight"]), np.asarray(GRADIENTS[0]["w"]["weight"])
+    np.testing.assert_allclose(found["w"]["weight"], x - 0.1 * g, rtol=1e-6)
