@@ -120,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress=sys.stderr.isatty(),
         )
         summary = {"model": args.model, "rows": args.rows, "seed": args.seed} | summary
+        summary["provenance"] = configuration.provenance()
         write(args.out, summary, transcripts)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

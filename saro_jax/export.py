@@ -5,6 +5,7 @@ config, generation config, tokenizer and chat template. DIR is the output folder
 or its checkpoints/ folder.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +72,9 @@ def export(checkpoint: Path, out: Path, at: int | None = None, dtype: str = "flo
     if config.model.chat_template:
         template = chat.load_tokenizer(folder, config.model.chat_template).chat_template
     huggingface.save(params, arch, folder, out, dtype, chat_template=template)
+    provenance = {"checkpoint": str(run), "step": at or steps[-1]} | configuration.provenance()
+    beside = out.with_name(f"{out.name}.provenance.json")
+    beside.write_text(json.dumps(provenance, indent=2) + "\n")
     print(f"step {at or steps[-1]} of {run} is in {out}")
 
 

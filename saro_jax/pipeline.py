@@ -56,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 130
 
 
 def run(recipe: str, overrides: list[str], out: Path, held_out: str, max_new_tokens: int) -> int:
@@ -81,7 +84,8 @@ def run(recipe: str, overrides: list[str], out: Path, held_out: str, max_new_tok
         measured[stage] = _measure(stage, model, prompts, out, max_new_tokens)
     table = comparison(measured)
     _write(out / "summary.md", table + "\n")
-    _write(out / "summary.json", json.dumps(measured, indent=2) + "\n")
+    facts = {"provenance": configuration.provenance(), "measured": measured}
+    _write(out / "summary.json", json.dumps(facts, indent=2) + "\n")
     print(f"\n{table}\n")
     print(f"warmup model      {out / 'rw' / 'model'}")
     print(f"SRPO model        {out / 'srpo' / 'model'}")

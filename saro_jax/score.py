@@ -4,7 +4,8 @@ Writes one JSON line a row, in the order of the rows. Preference rows: id, logps
 logps/rejected, num_tokens/chosen, num_tokens/rejected; SFT rows: id, logps, num_tokens. Log-probs
 are natural logs, summed over the scored tokens (the answer with its end-of-turn token; for process
 pairs the branches only), computed by the code that SRPO trains with, in float32 unless
---model.dtype says otherwise. Rows that can not be scored go to OUT.rejects.jsonl.
+--model.dtype says otherwise. Sequences are cut at the model's own limit or at --data.max_length.
+Rows that can not be scored go to OUT.rejects.jsonl, versions to OUT.provenance.json.
 """
 
 import json
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from saro_jax import config as configuration
 from saro_jax.config import Config, Flag
 from saro_jax.data import pipeline, rows
+from saro_jax.data.packing import laid_out_length
 from saro_jax.models import decoder, hub, huggingface
 from saro_jax.parallel import mesh as meshes
 from saro_jax.parallel import sharding
@@ -26,6 +28,7 @@ from saro_jax.text import chat
 from saro_jax.training.scoring import make_scorer, score_items
 
 GROUP = 64  # rows that are packed together
+LEAST_ROW = 1024  # tokens of a packed row, at least
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,20 +50,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         defaults = [d for d in defaults if d.split("=")[0] not in given]
         stage = "srpo" if kind == "preference" else "rw"
         config = configuration.load(None, [*defaults, *args.overrides, *own], stage)
-        score(config, kind, args.out)
+        whole = "--data.max_length" not in given
+        score(config, kind, args.out, whole=whole)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def score(config: Config, kind: rows.StageKind, out: Path) -> None:
+def score(config: Config, kind: rows.StageKind, out: Path, *, whole: bool = False) -> None:
     """Score the rows of `config.data.train` with `config.model` and write `out` atomically.
 
-    More than `data.max_reject_share` of the rows rejected is an error.
+    whole: take sequences as long as the model allows, not `data.max_length`, in packed rows that
+    hold the longest. More than `data.max_reject_share` of the rows rejected is an error.
     """
     folder = hub.resolve(config.model.path, config.model.revision)
     arch = huggingface.load_architecture(folder)
+    if whole:
+        data = config.data.model_copy(update={"max_length": arch.max_position_embeddings})
+        config = config.model_copy(update={"data": data})
     decoder.check_length(arch, config.data.max_length)
     tokenizer = chat.load_tokenizer(folder, config.model.chat_template)
     branches = 2 if kind == "preference" else 1
@@ -81,6 +89,9 @@ def score(config: Config, kind: rows.StageKind, out: Path) -> None:
 
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     dtype = jnp.dtype(config.model.dtype)
+    if whole and config.data.row_length is None and items:
+        longest = max(laid_out_length(item, layout) for item in items)
+        row_length = max(LEAST_ROW, -(-longest // 128) * 128)
     places = sharding.shardings(mesh, decoder.abstract_params(arch, dtype))
     params = huggingface.load_params(folder, arch, dtype, places)
     scorer = make_scorer(arch, mesh, dtype=dtype, remat="none", branches=branches)
@@ -105,6 +116,8 @@ def score(config: Config, kind: rows.StageKind, out: Path) -> None:
         for i, item in enumerate(items):
             file.write(json.dumps({"id": item.id, **results[i]}, ensure_ascii=False) + "\n")
     os.replace(partial, out)
+    facts = {"config": config.model_dump(mode="json"), **configuration.provenance()}
+    out.with_name(f"{out.name}.provenance.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -82,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first step or while exporting: nothing is lost
+        print("stopped; the same command continues", file=sys.stderr)
+        return 130
 
 
 def run(config: Config, stage: str, out: Path) -> int:
