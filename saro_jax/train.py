@@ -301,7 +301,7 @@ def _announce(config, stage, out, source: Source, params, items, shape: Shape, s
     laid_out = sum(laid_out_length(item, shape.layout) for item in items) / len(items)
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
-    memory = f", {stats['bytes_limit'] / 2**30:.1f} GiB each" if "bytes_limit" in stats else ""
+    memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     # Master weights, two moments and the summed gradient; plus activations.
     moments = 2 if config.optimizer.name == "adamw" else 0
     width = jnp.dtype(config.model.param_dtype).itemsize
@@ -310,7 +310,8 @@ def _announce(config, stage, out, source: Source, params, items, shape: Shape, s
         f"{stage}: {count / 1e6:.1f}M parameters ({config.model.dtype}), {len(items)} rows, "
         f"{tokens * config.train.batch_rows:.0f} tokens per step "
         f"({laid_out * config.train.batch_rows:.0f} computed, rows of {shape.row_length}), "
-        f"{steps} steps, {jax.device_count()} x {device.device_kind}{memory}, "
+        f"{steps} steps, {jax.device_count()} x {device.device_kind} of "
+        f"{memory / 2**30:.1f} GiB, "
         f"{state:.2f} GiB of training state -> {out}",
         flush=True,
     )
