@@ -36,9 +36,8 @@ from saro_jax.models.architecture import Architecture
 from saro_jax.parallel import mesh as meshes
 from saro_jax.parallel import sharding
 from saro_jax.text import chat
-from saro_jax.training import loop, optimizer, reference, step
+from saro_jax.training import loop, metrics, optimizer, reference, step
 from saro_jax.training.checkpoint import Checkpoints, abstract
-from saro_jax.training.metrics import Writer
 from saro_jax.training.scoring import make_scorer, score_items
 
 KINDS: dict[str, StageKind] = {"rw": "sft", "srpo": "preference"}
@@ -94,6 +93,7 @@ def run(config: Config, stage: str, out: Path) -> int:
     """
     logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it writes
     config = _with_model(config, stage, out)
+    metrics.check(config)
     if not _claim(config, stage, out):
         print(f"{out}: complete, nothing to do; the model is in {out / 'model'}")
         return 0
@@ -151,7 +151,7 @@ def run(config: Config, stage: str, out: Path) -> int:
         prefetch=config.data.prefetch,
     )
     checkpoints = Checkpoints(out / "checkpoints", config.train.keep)
-    tokens_before = 0
+    tokens_before, window_before = 0, []
     latest = checkpoints.latest()
     if latest is not None:
         wanted = abstract(state)
@@ -159,9 +159,9 @@ def run(config: Config, stage: str, out: Path) -> int:
         state, saved = checkpoints.restore(latest, wanted)
         state = step.owned(state)
         iterator.set_state(saved["iterator"])
-        tokens_before = saved["num_tokens"]
+        tokens_before, window_before = saved["num_tokens"], saved["window"]
         print(f"continuing from step {latest} of {steps}", flush=True)
-    writer = Writer(out, config, stage, start=latest or 0, steps=steps)
+    writer = metrics.Writer(out, config, stage, start=latest or 0, steps=steps)
     try:
         state, stopped = loop.fit(
             programs=step.programs(source.arch, config, stage, transform),
@@ -178,6 +178,7 @@ def run(config: Config, stage: str, out: Path) -> int:
             writer=writer,
             evaluation=evaluation,
             tokens_before=tokens_before,
+            window_before=window_before,
         )
     finally:
         writer.close()
@@ -208,7 +209,10 @@ def _claim(config: Config, stage: str, out: Path) -> bool:
     file = out / "config.yaml"
     if file.exists():
         before = file.read_text()
-        if before != text:
+        # Until something is saved, a run that failed (rows rejected, say) may be given again.
+        if before != text and not any((out / "checkpoints").glob("[0-9]*")):
+            _write_config(file, text)
+        elif before != text:
             changed = next(
                 (
                     f"{a!r} there, {b!r} now"
@@ -219,14 +223,18 @@ def _claim(config: Config, stage: str, out: Path) -> bool:
             )
             raise ValueError(f"{file}: this folder holds a run with another config: {changed}")
         return not (out / "model").is_dir()
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and {path.name for path in out.iterdir()} - {"provenance.json", ".config.yaml"}:
         raise ValueError(f"{out}: the output folder is not empty and holds no run; choose another")
     out.mkdir(parents=True, exist_ok=True)
     (out / "provenance.json").write_text(json.dumps(configuration.provenance(), indent=2) + "\n")
-    partial = out / ".config.yaml"
+    _write_config(file, text)
+    return True
+
+
+def _write_config(file: Path, text: str) -> None:
+    partial = file.with_name(".config.yaml")
     partial.write_text(text)
     os.replace(partial, file)
-    return True
 
 
 def _lines(text: str) -> list[str]:
@@ -335,6 +343,7 @@ def _reference(source: Source, params, items, groups, shape: Shape) -> np.ndarra
             reference.model_key(
                 huggingface.weights_hash(source.folder),
                 f"{config.model.param_dtype} {config.model.dtype}",
+                repr(source.arch),  # RoPE, norms: what config.json says beside the weights
                 reference.tokenizer_key(source.tokenizer),
                 shape.layout,
             ),
@@ -358,7 +367,7 @@ def _export(config: Config, source: Source, params, out: Path) -> None:
         shutil.rmtree(checked)
     huggingface.save(params, source.arch, source.folder, checked, chat_template=template)
     worst = huggingface.logits_match(checked, params, source.arch)
-    if worst is not None and worst > EXPORT_TOLERANCE:
+    if worst is not None and not worst <= EXPORT_TOLERANCE:  # NaN too
         raise ValueError(
             f"{checked}: transformers' logits differ by {worst:.2e}, allowed {EXPORT_TOLERANCE:.0e}"
         )

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from saro_jax.models.architecture import Architecture, inverse_frequencies
 from saro_jax.models.attention import Tokens, attend, attend_cache
 from saro_jax.models.dot import dot
-from saro_jax.parallel.sharding import constrain_rows
+from saro_jax.parallel.sharding import constrain_rows, whole_columns
 
 Params = dict[str, Any]
 F32 = jnp.float32
@@ -229,7 +229,8 @@ def _remat(body, policy: str):
 def _enter(arch: Architecture, params: Params, tokens_BT, position_BT, dtype):
     """The module, the embedded tokens [B, T, D], and per layer: window and RoPE tables."""
     model = _module(arch, params).model
-    x_BTD = model.embed_tokens.weight[...][tokens_BT].astype(dtype)
+    table_VD = whole_columns(model.embed_tokens.weight[...])
+    x_BTD = table_VD[tokens_BT].astype(dtype)
     if arch.embed_scale != 1.0:
         x_BTD = x_BTD * jnp.asarray(arch.embed_scale, dtype)
     cos, sin = _rope_tables(arch, position_BT)

@@ -35,6 +35,8 @@ def resolve(path: str | None, revision: str | None = None) -> Path:
     if path is None or path == QUICKSTART:
         return _quickstart()
     local = Path(path).expanduser()
+    if revision is not None and local.exists():
+        raise ValueError(f"model.revision={revision}: {path} is local; only a Hub id has revisions")
     if local.is_dir():
         return local
     if local.is_file():

@@ -59,6 +59,26 @@ def rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(ROWS))
 
 
+def constrain_params(tree: Any) -> Any:
+    """Keep a tree like the parameters (gradients) where `RULES` put it, if a mesh is set.
+
+    Nothing else would cut a sum of gradients: XLA keeps a whole one on every device.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: lax.with_sharding_constraint(leaf, spec(path_name(path), leaf.shape)),
+        tree,
+    )
+
+
+def whole_columns(table_VD: jax.Array) -> jax.Array:
+    """The table with whole rows on every device of `fsdp`, which looking rows up in it needs."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return table_VD
+    return lax.with_sharding_constraint(table_VD, P("tensor", None))
+
+
 def constrain_rows(x: jax.Array) -> jax.Array:
     """Keep activations sharded by row where a mesh is set; without it XLA replicates the batch."""
     mesh = jax.sharding.get_abstract_mesh()

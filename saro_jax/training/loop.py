@@ -143,6 +143,7 @@ def fit(
     writer: Writer,
     evaluation: tuple[list[Rows], np.ndarray | None] | None = None,
     tokens_before: int = 0,
+    window_before: Sequence[dict[str, float]] = (),
 ) -> tuple[State, int]:
     """Train to `steps`; returns the state and the signal that ended it early (0 = ran to the end).
 
@@ -152,7 +153,7 @@ def fit(
     per_epoch = len(items) / config.train.batch_rows
     num_tokens, started = tokens_before, time.monotonic()
     step = int(state.step)
-    window: list[dict[str, float]] = []
+    window = list(window_before)  # steps since the last line that was written
     window_tokens = 0
     pending: tuple[int, list[Any], Any, int] | None = None
 
@@ -164,11 +165,12 @@ def fit(
         pending = None
         values = summarise(stage, jax.device_get(sums))
         values["grad_norm"] = float(norm["grad_norm"])
-        if not np.isfinite(values["loss"]):
-            raise ValueError(
-                f"step {at}: the loss is {values['loss']}; lower optimizer.learning_rate or look "
-                "at the rows of this step"
-            )
+        for name in ("loss", "grad_norm"):
+            if not np.isfinite(values[name]):
+                raise ValueError(
+                    f"step {at}: {name} is {values[name]}; lower optimizer.learning_rate or look "
+                    "at the rows of this step"
+                )
         num_tokens += tokens
         window_tokens += tokens
         window.append(values)
@@ -186,6 +188,16 @@ def fit(
             window.clear()
             started, window_tokens = now, 0
 
+    def save() -> None:
+        flush()
+        data = {
+            "iterator": iterator_state(iterator),
+            "num_tokens": num_tokens,
+            "window": window,
+            "config": config.model_dump(mode="json"),
+        }
+        checkpoints.save(step, state, data)
+
     with jax.set_mesh(mesh), stop_signals() as signalled:
         while step < steps and not signalled.number:
             blocks = next(iterator)
@@ -198,17 +210,11 @@ def fit(
             flush()
             step += 1
             pending = step, sums, norm, tokens
-            last = step == steps or signalled.number
             if evaluation and (step == steps or _due(step, config.train.eval_every)):
                 eval_blocks, eval_reference = evaluation
                 flush(evaluate(programs, mesh, stage, state.params, eval_blocks, eval_reference))
-            if last or step % config.train.save_every == 0:
-                flush()
-                data = {
-                    "iterator": iterator_state(iterator),
-                    "num_tokens": num_tokens,
-                    "config": config.model_dump(mode="json"),
-                }
-                checkpoints.save(step, state, data)
-        flush()
+            if step == steps or step % config.train.save_every == 0:
+                save()
+        if signalled.number and step:
+            save()  # whenever the signal came; a step that is saved already stays as it is
     return state, 0 if step == steps else signalled.number

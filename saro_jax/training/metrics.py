@@ -31,6 +31,17 @@ def truncate_after(path: Path, step: int) -> None:
     os.replace(partial, path)
 
 
+def check(config: Config) -> None:
+    """Refuse, before anything is loaded, what the writer could not do."""
+    if config.train.wandb is not None:
+        try:
+            import wandb  # noqa: F401  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ValueError(
+                f"train.wandb={config.train.wandb}: the package wandb is not installed"
+            ) from error
+
+
 class Writer:
     """Where one run's metrics go; a resource: `close` flushes all of them."""
 
@@ -44,12 +55,8 @@ class Writer:
 
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
         if config.train.wandb is not None:
-            try:
-                import wandb  # pyright: ignore[reportMissingImports]  (optional)
-            except ImportError as error:
-                raise ValueError(
-                    f"train.wandb={config.train.wandb}: the package wandb is not installed"
-                ) from error
+            import wandb  # pyright: ignore[reportMissingImports]  (optional)
+
             self._wandb = wandb.init(
                 project=config.train.wandb, name=out.name, config={"yaml": dump(config)}
             )

@@ -126,7 +126,8 @@ def programs(
 
     def accumulate(params, gradients, rows, reference, total):
         (_, sums), new = jax.value_and_grad(loss, has_aux=True)(params, rows, reference, total)
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), gradients, new), sums
+        summed = jax.tree.map(lambda a, b: a + b.astype(a.dtype), gradients, new)
+        return sharding.constrain_params(summed), sums
 
     def update(state: State, gradients):
         updates, inner = optimizer.update(gradients, state.optimizer, state.params)
@@ -135,7 +136,9 @@ def programs(
         return State(state.step + 1, params, inner), {"grad_norm": norm}
 
     def zeros(params):
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+        return sharding.constrain_params(
+            jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+        )
 
     return Programs(
         jax.jit(accumulate, donate_argnums=1),
