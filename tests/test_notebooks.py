@@ -10,7 +10,7 @@ NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
 def test_quickstart_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    model = tiny.folder()
+    model = tiny.folder() / "model"
     small = ["--train.steps=2", "--train.batch_rows=2", "--model.dtype=float32"]
     small += ["--data.max_length=1024", "--train.tensorboard=false", "--srpo.reference_cache=refs"]
     cells = json.loads((NOTEBOOKS / "quickstart.ipynb").read_text())["cells"]
