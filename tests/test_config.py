@@ -90,7 +90,7 @@ def test_every_packaged_recipe_loads_and_states_command_and_hardware(name: str, 
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any("command" in line for line in header)
     assert any("hardware" in line for line in header)
-    # The quickstart teaches a 135M model a habit from 200 rows (docs/log.md); others stay far below.
+    # The quickstart teaches a 135M model a habit from 200 rows (docs/log.md); others stay lower.
     assert config.optimizer.learning_rate <= (2e-4 if name == "quickstart" else 5e-5)
 
 
