@@ -80,7 +80,7 @@ def test_greedy_equals_transformers_and_a_full_forward(family: str, tmp_path):
     params = huggingface.load_params(tmp_path, arch, jnp.float32)
     prompts = prompts_of(arch)
     ours = generate(arch, params, prompts, max_new_tokens=NEW, batch_size=8, stop_ids=[2])
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, attn_implementation="eager"
     )
     for prompt, completion in zip(prompts, ours, strict=True):

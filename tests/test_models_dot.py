@@ -31,8 +31,8 @@ def test_values_and_gradients(shape, dtype, jit):
         g.astype(jnp.float32),
     )
     rows, cot = x32.reshape(-1, shape[-1]), g32.reshape(-1, 48)
-    close = {"rtol": 1e-2, "atol": 1e-2} if dtype == jnp.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
-    np.testing.assert_allclose(y.astype(jnp.float32), x32 @ w32, **close)
-    np.testing.assert_allclose(dx.astype(jnp.float32), g32 @ w32.T, **close)
+    rtol, atol = (1e-2, 1e-2) if dtype == jnp.bfloat16 else (1e-5, 1e-4)
+    np.testing.assert_allclose(y.astype(jnp.float32), x32 @ w32, rtol=rtol, atol=atol)
+    np.testing.assert_allclose(dx.astype(jnp.float32), g32 @ w32.T, rtol=rtol, atol=atol)
     # Accumulated in float32 and not rounded to bfloat16 on the way.
     np.testing.assert_allclose(dw, rows.T @ cot, rtol=1e-5, atol=1e-4)
