@@ -346,6 +346,7 @@ def _reference(source: Source, params, items, groups, shape: Shape) -> np.ndarra
                 repr(source.arch),  # RoPE, norms: what config.json says beside the weights
                 reference.tokenizer_key(source.tokenizer),
                 shape.layout,
+                _packing(config, items, groups, shape),
             ),
             items,
             groups,
@@ -355,6 +356,14 @@ def _reference(source: Source, params, items, groups, shape: Shape) -> np.ndarra
         )
     finally:
         store.close()
+
+
+def _packing(config: Config, items, groups, shape: Shape) -> str:
+    """In bfloat16, which rows lie beside which: it moves a log-prob, and step 0 must be exact."""
+    if config.model.dtype != "bfloat16":
+        return ""
+    order = [[items[int(i)].id for i in group] for group in groups]
+    return f"{shape} {order}"
 
 
 def _export(config: Config, source: Source, params, out: Path) -> None:
