@@ -66,7 +66,8 @@ class ModelConfig(Section):
     remat: Literal["none", "dots", "full"] = Field(
         default="full",
         description="what the backward pass recomputes: none = nothing (most memory), dots = "
-        "all but matrix products, full = every layer from its input (least memory)",
+        "all but matrix products, full = every layer from its input but for attention (least "
+        "memory)",
     )
     chat_template: str | None = Field(
         default=None, description="Jinja file that replaces the tokenizer's chat template"

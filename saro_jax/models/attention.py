@@ -15,12 +15,12 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-from saro_jax.models.dot import row_major
+from jax.ad_checkpoint import checkpoint_name
 
 F32 = jnp.float32
 NEGATIVE = -1e30  # a finite "minus infinity": (NEGATIVE - NEGATIVE) stays a number
-BLOCK = 128
+BLOCK = 64  # on a CPU as fast as 128 a block, and less of it is masked (docs/log.md)
+SAVED = ("attention", "attention_lse")  # names of what the backward pass needs of the forward one
 
 
 class Tokens(NamedTuple):
@@ -52,6 +52,28 @@ def _first_keys(tokens: Tokens, window: jax.Array, block: int) -> jax.Array:
     return first_BT.reshape(first_BT.shape[0], -1, block).min(axis=(0, 2))
 
 
+def _plan(tokens: Tokens, window: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """Which key blocks each query block has to look at, over all rows of the batch.
+
+    Returns (order [T / block, T / block], count [T / block]): the blocks of query block i are
+    order[i, :count[i]]. Left out are later blocks, those before the first visible key, and those
+    that lie in another branch of the same example.
+    """
+    B, T = tokens.segment.shape
+    blocks = T // block
+    segment, branch = (x.reshape(B, blocks, block) for x in (tokens.segment, tokens.branch))
+    uniform = (segment.min(-1) == segment.max(-1)) & (branch.min(-1) == branch.max(-1))
+    segment_q, branch_q = segment[:, :, :1], branch[:, :, :1]
+    segment_k, branch_k = segment[:, None, :, 0], branch[:, None, :, 0]
+    sibling = uniform[:, :, None] & uniform[:, None] & (segment_q == segment_k)
+    sibling = (sibling & (branch_k > 0) & (branch_q != branch_k)).all(0)
+    i, j = jnp.arange(blocks)[:, None], jnp.arange(blocks)[None]
+    first = (_first_keys(tokens, window, block) // block)[:, None]
+    visible = (first <= j) & (j <= i) & ~sibling
+    order = jnp.argsort(~visible, axis=1, stable=True).astype(jnp.int32)
+    return order, visible.sum(1, dtype=jnp.int32)
+
+
 def _slice(x: jax.Array, i: jax.Array, block: int, axis: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, i * block, block, axis)
 
@@ -75,6 +97,13 @@ def _scores(q_BKqH, k_BKkH, scale: float, softcap: float | None) -> jax.Array:
     return s if softcap is None else softcap * jnp.tanh(s / softcap)
 
 
+def _masked_scores(q_BKqH, k_BKkH, scale, softcap, visible_Bqk) -> jax.Array:
+    """Scores with the query heads of a key head below each other, NEGATIVE where not visible."""
+    s = _scores(q_BKqH, k_BKkH, scale, softcap)
+    groups = q_BKqH.shape[2] // visible_Bqk.shape[1]
+    return jnp.where(jnp.tile(visible_Bqk, (1, groups, 1))[:, None], s, NEGATIVE)
+
+
 def _grouped(x_BTNH: jax.Array, heads: int, blocks: int) -> jax.Array:
     """[B, T, N, H] -> [blocks, B, K, G*q, H]: the queries of one key head side by side."""
     B, T, N, H = x_BTNH.shape
@@ -89,33 +118,35 @@ def _ungrouped(x: jax.Array, block: int) -> jax.Array:
 
 
 def _forward(q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, block):
-    T, N, H = q_BTNH.shape[1:]
+    T, _, H = q_BTNH.shape[1:]
     K = k_BTKH.shape[2]
     blocks = T // block
     q = _grouped(q_BTNH, K, blocks)
     k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
-    first = _first_keys(tokens, window, block)
+    order, count = _plan(tokens, window, block)
 
     def one_query_block(_, inputs):
         i, q_i = inputs
 
-        def one_key_block(j, carry):
+        def one_key_block(n, carry):
+            j = order[i, n]
             out, top, total = carry
             k_j, v_j = _slice(k_BKTH, j, block, 2), _slice(v_BKTH, j, block, 2)
-            s = _scores(q_i, k_j, scale, softcap)
-            mask = jnp.tile(_visible(tokens, window, i, j, block), (1, N // K, 1))[:, None]
-            s = jnp.where(mask, s, NEGATIVE)
+            s = _masked_scores(q_i, k_j, scale, softcap, _visible(tokens, window, i, j, block))
             new_top = jnp.maximum(top, s.max(-1))
-            p = jnp.where(mask, jnp.exp(s - new_top[..., None]), 0.0)
+            # Where nothing was visible yet these are ones; `shrink` is 0 as soon as something is.
+            p = jnp.exp(s - new_top[..., None]).astype(v_j.dtype)
             shrink = jnp.exp(top - new_top)
-            pv = jnp.einsum("BKqk,BKkH->BKqH", p.astype(v_j.dtype), v_j, preferred_element_type=F32)
-            return out * shrink[..., None] + pv, new_top, total * shrink + p.sum(-1)
+            pv = jnp.einsum("BKqk,BKkH->BKqH", p, v_j, preferred_element_type=F32)
+            return out * shrink[..., None] + pv, new_top, total * shrink + p.astype(F32).sum(-1)
 
         rows = q_i.shape[:3]
         start = (jnp.zeros((*rows, H), F32), jnp.full(rows, NEGATIVE, F32), jnp.zeros(rows, F32))
-        out, top, total = lax.fori_loop(first[i] // block, i + 1, one_key_block, start)
-        total = jnp.where(total == 0.0, 1.0, total)  # padding queries see nothing: output 0
-        return None, ((out / total[..., None]).astype(q_i.dtype), top + jnp.log(total))
+        out, top, total = lax.fori_loop(0, count[i], one_key_block, start)
+        # Padding queries see nothing: output 0, and in the backward pass exp(s - lse) = 0.
+        blind = top <= NEGATIVE
+        out = jnp.where(blind[..., None], 0.0, out / total[..., None])
+        return None, (out.astype(q_i.dtype), jnp.where(blind, -NEGATIVE, top + jnp.log(total)))
 
     index = jnp.arange(blocks, dtype=jnp.int32)
     _, (out, lse) = lax.scan(one_query_block, None, (index, q))
@@ -129,37 +160,39 @@ def _blockwise(q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, block):
 
 def _blockwise_fwd(q, k, v, tokens, window, scale, softcap, block):
     out, lse = _forward(q, k, v, tokens, window, scale, softcap, block)
+    # Named here, where remat can see both: with them saved it need not run the forward pass again.
+    out, lse = checkpoint_name(out, SAVED[0]), checkpoint_name(lse, SAVED[1])
     return out, (q, k, v, tokens, window, out, lse)
 
 
 def _blockwise_bwd(scale, softcap, block, residuals, dout_BTNH):
     q_BTNH, k_BTKH, v_BTKH, tokens, window, out_BTNH, lse = residuals
-    B, T, N, H = q_BTNH.shape
+    B, T, _, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     blocks = T // block
     q, dout = _grouped(q_BTNH, K, blocks), _grouped(dout_BTNH, K, blocks)
     k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
     delta = (dout.astype(F32) * _grouped(out_BTNH, K, blocks).astype(F32)).sum(-1)
-    first = _first_keys(tokens, window, block)
+    order, count = _plan(tokens, window, block)
 
     def one_query_block(carry, inputs):
         i, q_i, do_i, lse_i, delta_i = inputs
 
-        def one_key_block(j, carry):
+        def one_key_block(n, carry):
+            j = order[i, n]
             dq, dk_BKTH, dv_BKTH = carry
             k_j, v_j = _slice(k_BKTH, j, block, 2), _slice(v_BKTH, j, block, 2)
-            s = _scores(q_i, k_j, scale, softcap)
-            mask = jnp.tile(_visible(tokens, window, i, j, block), (1, N // K, 1))[:, None]
-            p = jnp.where(mask, jnp.exp(s - lse_i[..., None]), 0.0)
+            s = _masked_scores(q_i, k_j, scale, softcap, _visible(tokens, window, i, j, block))
+            p = jnp.exp(s - lse_i[..., None])
             dp = jnp.einsum("BKqH,BKkH->BKqk", do_i, v_j, preferred_element_type=F32)
             ds = p * (dp - delta_i[..., None])
-            if softcap is not None:
-                ds = ds * (1.0 - jnp.square(s / softcap))
+            if softcap is not None:  # (a masked s is far outside the cap, but there p is 0)
+                ds = ds * (1.0 - jnp.square(jnp.maximum(s, -softcap) / softcap))
             ds = (ds * scale).astype(q_i.dtype)
             dq = dq + jnp.einsum("BKqk,BKkH->BKqH", ds, k_j, preferred_element_type=F32)
-            dk_j = jnp.einsum("BKkq,BKqH->BKkH", row_major(ds.mT), q_i, preferred_element_type=F32)
-            p_kq = row_major(p.astype(do_i.dtype).mT)
-            dv_j = jnp.einsum("BKkq,BKqH->BKkH", p_kq, do_i, preferred_element_type=F32)
+            dk_j = jnp.einsum("BKqk,BKqH->BKkH", ds, q_i, preferred_element_type=F32)
+            p = p.astype(do_i.dtype)
+            dv_j = jnp.einsum("BKqk,BKqH->BKkH", p, do_i, preferred_element_type=F32)
             dk_BKTH = lax.dynamic_update_slice_in_dim(
                 dk_BKTH, _slice(dk_BKTH, j, block, 2) + dk_j, j * block, 2
             )
@@ -170,7 +203,7 @@ def _blockwise_bwd(scale, softcap, block, residuals, dout_BTNH):
 
         dk_BKTH, dv_BKTH = carry
         start = (jnp.zeros(q_i.shape, F32), dk_BKTH, dv_BKTH)
-        dq, dk_BKTH, dv_BKTH = lax.fori_loop(first[i] // block, i + 1, one_key_block, start)
+        dq, dk_BKTH, dv_BKTH = lax.fori_loop(0, count[i], one_key_block, start)
         return (dk_BKTH, dv_BKTH), dq.astype(q_i.dtype)
 
     index = jnp.arange(blocks, dtype=jnp.int32)
@@ -199,7 +232,7 @@ def attend(
 
     window: a query sees keys less than `window` positions before it (itself included); may be
     traced. Queries of padding get zeros. Blocks of keys that no query of a block can see (earlier
-    segments, outside the window, the future) are skipped, not masked.
+    segments, outside the window, the future, sibling branches) are skipped, not masked.
     """
     T, N = q_BTNH.shape[1:3]
     assert N % k_BTKH.shape[2] == 0, (q_BTNH.shape, k_BTKH.shape)

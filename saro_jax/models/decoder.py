@@ -18,6 +18,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from saro_jax.models.architecture import Architecture, inverse_frequencies
+from saro_jax.models.attention import SAVED as SAVED_ATTENTION
 from saro_jax.models.attention import Tokens, attend, attend_cache
 from saro_jax.models.dot import dot
 from saro_jax.parallel.sharding import constrain_rows, whole_columns
@@ -25,7 +26,8 @@ from saro_jax.parallel.sharding import constrain_rows, whole_columns
 Params = dict[str, Any]
 F32 = jnp.float32
 NO_WINDOW = 2**30
-SAVED_DOTS = ("q", "k", "v", "attention", "gate", "up")  # what remat policy "dots" keeps
+# What the remat policies keep. Attention costs much time to run again and little memory to keep.
+SAVED = {"full": SAVED_ATTENTION, "dots": ("q", "k", "v", *SAVED_ATTENTION, "gate", "up")}
 
 
 class Cache(NamedTuple):
@@ -89,7 +91,6 @@ class Attention(nnx.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         out_BTNH, carried = mix(q, k, v)
-        out_BTNH = checkpoint_name(out_BTNH, "attention")
         return self.o_proj(out_BTNH.reshape(B, T, -1)), carried
 
 
@@ -220,9 +221,7 @@ def _activation(x: jax.Array, name: str) -> jax.Array:
 def _remat(body, policy: str):
     if policy == "none":
         return body
-    save = None
-    if policy == "dots":
-        save = jax.checkpoint_policies.save_only_these_names(*SAVED_DOTS)
+    save = jax.checkpoint_policies.save_only_these_names(*SAVED[policy])
     return jax.checkpoint(body, policy=save, prevent_cse=False)
 
 

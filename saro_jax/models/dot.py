@@ -42,8 +42,8 @@ def dot(x: jax.Array, w_IO: jax.Array) -> jax.Array:
 
 def _forward(x: jax.Array, w_IO: jax.Array) -> jax.Array:
     w = w_IO.astype(x.dtype)
-    y = lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=F32)
-    return y.astype(x.dtype)
+    y = lax.dot_general(_rows(x), w, (((1,), (0,)), ((), ())), preferred_element_type=F32)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], w.shape[1])
 
 
 def _dot_fwd(x, w_IO):
@@ -53,9 +53,8 @@ def _dot_fwd(x, w_IO):
 def _dot_bwd(residuals, dy):
     x, w_IO = residuals
     w = w_IO.astype(x.dtype)
-    dx = lax.dot_general(
-        dy, w, (((dy.ndim - 1,), (1,)), ((), ())), preferred_element_type=F32
-    ).astype(x.dtype)
+    dx = lax.dot_general(_rows(dy), w, (((1,), (1,)), ((), ())), preferred_element_type=F32)
+    dx = dx.astype(x.dtype).reshape(x.shape)
     dw = lax.dot_general(
         row_major(_rows(x).T),
         _rows(dy),
