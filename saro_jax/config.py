@@ -97,8 +97,14 @@ class DataConfig(Section):
         ge=2,
         description="tokens of one packed row; null = 2 x data.max_length for rw, 4 x for srpo",
     )
+    pack_window: int = Field(
+        default=8,
+        ge=1,
+        description="optimizer steps whose rows are packed together and then dealt out to them: "
+        "more fill rows better; has no effect without data.shuffle",
+    )
     row_buckets: int = Field(
-        default=4,
+        default=8,
         ge=1,
         description="lengths that rows come in, equal parts of row_length: more lengths, less "
         "padding, more programs to compile; 1 = every row has row_length",

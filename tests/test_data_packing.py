@@ -192,3 +192,49 @@ def test_blocks_have_the_smallest_length_that_holds_their_rows():
 def test_one_bucket_gives_rows_of_the_whole_length():
     for block in packed(tiny.items("preference")):
         assert block.tokens.shape == (2, 128)
+
+
+# Tokens of pairs as long reasoning data has them: most near the median, a tail to the limit.
+LENGTHS = np.clip(np.random.default_rng(0).lognormal(6.4, 0.25, 512), 300, 1500).astype(int)
+LONG = [tiny.item(i, n // 2, n // 4, n - n // 2 - n // 4) for i, n in enumerate(LENGTHS)]
+
+
+def fill(rows, shape):
+    used = [sum(packing.laid_out_length(LONG[i], "shared") for i in row) for row in rows]
+    return sum(used), packing.computed_tokens(used, shape)
+
+
+# Rows that go through the model together have one length: eight of them need finer lengths.
+@pytest.mark.parametrize(
+    ("rows", "batch", "buckets"), [(1, 8, 8), (1, 16, 8), (1, 64, 8), (8, 64, 32)]
+)
+def test_a_window_of_steps_fills_rows_to_95_percent(rows, batch, buckets):
+    shape = packing.Shape(2048, rows, "shared", buckets)
+    real = computed = 0
+    for start in range(0, len(LONG), 8 * batch):
+        window = list(range(start, start + 8 * batch))
+        steps = packing.deal(LONG, window, 8, shape)
+        assert sorted(i for step in steps for row in step for i in row) == window
+        for step in steps:
+            assert sum(map(len, step)) == batch
+            for row in step:
+                assert fill([row], shape)[0] <= 2048
+            tokens = fill(step, shape)
+            found = list(packing.blocks(LONG, step, shape))
+            assert tokens == (
+                sum(map(packing.real_tokens, found)),
+                sum(block.tokens.size for block in found),
+            )
+            real, computed = real + tokens[0], computed + tokens[1]
+    assert real >= 0.95 * computed, real / computed
+
+
+def test_of_several_arrangements_the_one_that_computes_least():
+    shape = packing.Shape(2048, 1, "shared", 8)
+    indices = list(range(16))
+    best = packing.arrange(LONG, indices, shape)
+    lengths = [packing.laid_out_length(LONG[i], "shared") for i in indices]
+    plain = [list(row) for row in first_fit(lengths, 2048, 128)]
+    assert fill(best, shape)[1] <= fill(plain, shape)[1]
+    # Rows that came from elsewhere are taken where nothing beats them.
+    assert packing.arrange(LONG, indices, shape, best) == best

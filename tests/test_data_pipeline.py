@@ -7,7 +7,16 @@ import tiny
 from saro_jax.data import pipeline
 
 ITEMS = tiny.items("preference")
-SHAPE = {"batch_rows": 3, "shape": pipeline.Shape(96, 2, "shared", 2), "seed": 0}
+SHAPE = pipeline.Shape(96, 2, "shared", 2)
+
+
+def plan(items=ITEMS, batch_rows=3, window=1, shape=SHAPE, **options):
+    options = {"seed": 0} | options
+    return pipeline.plan(items, batch_rows=batch_rows, shape=shape, window=window, **options)
+
+
+def steps(prefetch=2, window=1):
+    return pipeline.steps(ITEMS, plan(window=window), SHAPE, prefetch)
 
 
 def order(count=8, batch_rows=3, steps=8, **options):
@@ -49,26 +58,63 @@ def test_seed_decides_the_order():
 
 
 def test_steps_hold_the_items_of_the_order():
-    iterator = pipeline.steps(ITEMS, **SHAPE)
+    iterator = steps()
     for indices, blocks in zip(order(), take(iterator, 8), strict=True):
         found = [int(i) for block in blocks for i in block.item[block.item >= 0]]
         assert sorted(found) == sorted(indices)
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 5])
-def test_what_is_read_ahead_changes_nothing(prefetch):
-    straight = take(pipeline.steps(ITEMS, **SHAPE), 6)
-    same(take(pipeline.steps(ITEMS, **SHAPE, prefetch=prefetch), 6), straight)
+@pytest.mark.parametrize("window", [1, 2])
+def test_what_is_read_ahead_changes_nothing(prefetch, window):
+    straight = take(steps(2, window), 6)
+    same(take(steps(prefetch, window), 6), straight)
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_a_restored_iterator_goes_on_where_it_was_saved(prefetch):
-    iterator = pipeline.steps(ITEMS, **SHAPE, prefetch=prefetch)
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_restored_iterator_goes_on_where_it_was_saved(prefetch, window):
+    iterator = steps(prefetch, window)
     take(iterator, 4)
     state = iterator.get_state()
     after = take(iterator, 4)
-    fresh = pipeline.steps(ITEMS, **SHAPE, prefetch=prefetch)
+    fresh = steps(prefetch, window)
     fresh.set_state(state)
     same(take(fresh, 4), after)
     iterator.set_state(state)
     same(take(iterator, 4), after)
+
+
+@pytest.mark.parametrize(("count", "batch_rows", "window"), [(8, 3, 2), (60, 4, 8), (61, 7, 3)])
+def test_an_epoch_of_windows_has_every_item_once_and_full_steps(count, batch_rows, window):
+    items = [tiny.item(i, 4 + i % 5, 3 + 7 * i % 23, 2 + i % 11) for i in range(count)]
+    rows_of = plan(items, batch_rows, window)
+    whole = count // batch_rows  # steps that lie in the first epoch
+    drawn = [[i for row in rows_of(k) for i in row] for k in range(whole)]
+    assert all(len(step) == batch_rows for step in drawn)
+    flat = [i for step in drawn for i in step]
+    assert len(set(flat)) == len(flat)
+    plain = [i for step in order(count, batch_rows, whole) for i in step]
+    assert sorted(flat) == sorted(plain)
+    # No item leaves its window.
+    for start in range(0, whole, window):
+        size = slice(start * batch_rows, min(start + window, whole) * batch_rows)
+        assert sorted(flat[size]) == sorted(plain[size])
+
+
+@pytest.mark.parametrize(("count", "batch_rows", "window"), [(10, 3, 4), (7, 7, 3), (30, 4, 5)])
+def test_windows_tile_the_steps_and_end_with_the_epoch(count, batch_rows, window):
+    step = 0
+    while step < 40:
+        start, number = pipeline.window_of(step, count, batch_rows, window)
+        assert start == step and 1 <= number <= window
+        for inside in range(start, start + number):
+            assert pipeline.window_of(inside, count, batch_rows, window) == (start, number)
+        first, last = start * batch_rows // count, ((start + number) * batch_rows - 1) // count
+        assert number == 1 or first == last
+        step += number
+
+
+def test_without_shuffle_the_window_moves_nothing():
+    plain, windowed = plan(shuffle=False), plan(shuffle=False, window=4)
+    assert [plain(k) for k in range(8)] == [windowed(k) for k in range(8)]

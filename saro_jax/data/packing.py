@@ -9,6 +9,7 @@ Two layouts of an item with several branches:
 All branches of an item lie in one row, so that its loss needs no other row.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -127,6 +128,110 @@ def first_fit(lengths: Sequence[int], capacity: int, most: int) -> list[list[int
     return bins
 
 
+class Shape(NamedTuple):
+    """How items become blocks: tokens and number of their rows, layout, number of row lengths."""
+
+    row_length: int
+    rows: int
+    layout: str
+    buckets: int = 1
+
+    @property
+    def part(self) -> int:
+        """What the row lengths are multiples of (the longest is `row_length` itself)."""
+        return -(-self.row_length // self.buckets)
+
+    def bucket(self, used: int) -> int:
+        """The smallest row length that holds `used` tokens."""
+        return min(self.row_length, -(-used // self.part) * self.part)
+
+
+def computed_tokens(used: Sequence[int], shape: Shape) -> int:
+    """Tokens of the blocks that rows with `used` tokens each become, padding included."""
+    longest = sorted(used, reverse=True)[:: shape.rows]
+    return sum(shape.bucket(most) * shape.rows for most in longest)
+
+
+def arrange(
+    items: Sequence[Item], indices: Sequence[int], shape: Shape, dealt: Sequence[list[int]] = ()
+) -> list[list[int]]:
+    """The rows, lists of item indices, that the items of one step become; every index once.
+
+    Of first-fit-decreasing into each row length, as many even rows as blocks need, and `dealt`
+    (rows that hold the same items already), the one that computes least. Deterministic.
+    """
+    length = {i: laid_out_length(items[i], shape.layout) for i in indices}
+    lengths = [length[i] for i in indices]
+    most = slots(shape.row_length)
+    plans = [list(map(list, dealt))] if dealt else []
+    for k in range(shape.buckets, 0, -1):
+        capacity = min(shape.row_length, k * shape.part)
+        if plans and capacity < max(lengths):
+            break
+        plans.append([[indices[i] for i in row] for row in first_fit(lengths, capacity, most)])
+    if shape.rows > 1:
+        fewest = -(-min(map(len, plans)) // shape.rows) * shape.rows
+        for count in (fewest, fewest + shape.rows):
+            even = spread(lengths, count)
+            fits = all(sum(lengths[i] for i in row) <= shape.row_length for row in even)
+            if fits and max(map(len, even)) <= most:
+                plans.append([[indices[i] for i in row] for row in even if row])
+
+    def cost(plan: list[list[int]]) -> tuple[int, int]:
+        return computed_tokens([sum(length[i] for i in row) for row in plan], shape), len(plan)
+
+    return min(plans, key=cost)
+
+
+def spread(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """`count` rows of nearly the same length: longest first, each into the shortest row so far."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    used = [0] * count
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        shortest = used.index(min(used))
+        rows[shortest].append(i)
+        used[shortest] += lengths[i]
+    return rows
+
+
+def deal(
+    items: Sequence[Item], indices: Sequence[int], steps: int, shape: Shape
+) -> list[list[list[int]]]:
+    """Rows for several steps at once: the items packed together, then dealt out row by row.
+
+    Returns for each step its rows; every step gets len(indices) / steps items, every index goes to
+    one step. More items to choose from fill rows better than those of one step could.
+    """
+    lengths = [laid_out_length(items[i], shape.layout) for i in indices]
+    rows = first_fit(lengths, shape.row_length, slots(shape.row_length))
+    room = [len(indices) // steps] * steps
+    out: list[list[list[int]]] = [[] for _ in range(steps)]
+    waiting = deque(sorted(rows, key=len, reverse=True))
+    while waiting:
+        row = waiting.popleft()
+        step = room.index(max(room))
+        if len(row) > room[step]:  # it goes to two steps
+            waiting.append(row[room[step] :])
+            row = row[: room[step]]
+        out[step].append([indices[i] for i in row])
+        room[step] -= len(row)
+    return [arrange(items, [i for row in step for i in row], shape, step) for step in out]
+
+
+def blocks(items: Sequence[Item], rows: Sequence[list[int]], shape: Shape) -> Iterator[Rows]:
+    """Blocks of `shape.rows` packed rows, longest first, that hold the given rows of items.
+
+    A block's rows have the smallest row length that holds what is in them: each length is a program
+    of its own to compile, and less padding to compute. The last block is filled up with empty rows.
+    """
+    used = [sum(laid_out_length(items[i], shape.layout) for i in row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda r: -used[r])
+    for start in range(0, len(rows), shape.rows):
+        members = [rows[r] for r in order[start : start + shape.rows]]
+        T = shape.bucket(used[order[start]])
+        yield _block(items, members, T, shape.rows, slots(shape.row_length), shape.layout)
+
+
 def pack(
     items: Sequence[Item],
     indices: Sequence[int],
@@ -136,22 +241,9 @@ def pack(
     layout: str,
     buckets: int = 1,
 ) -> Iterator[Rows]:
-    """Blocks of `rows` packed rows that hold items[i] for i in indices, each exactly once.
-
-    A block's rows have the smallest of `buckets` lengths (equal parts of row_length) that holds
-    what is in them: each length is a program of its own to compile, and less padding to compute.
-    The last block is filled up with empty rows. Deterministic in its arguments.
-    """
-    lengths = [laid_out_length(items[i], layout) for i in indices]
-    bins = first_fit(lengths, row_length, slots(row_length))
-    used = {id(members): sum(lengths[i] for i in members) for members in bins}
-    bins.sort(key=lambda members: -used[id(members)])
-    part = -(-row_length // buckets)
-    for start in range(0, len(bins), rows):
-        block = bins[start : start + rows]
-        T = min(row_length, -(-used[id(block[0])] // part) * part)
-        members = [[indices[i] for i in row] for row in block]
-        yield _block(items, members, T, rows, slots(row_length), layout)
+    """Blocks that hold items[i] for i in indices, each exactly once: `arrange`, then `blocks`."""
+    shape = Shape(row_length, rows, layout, buckets)
+    yield from blocks(items, arrange(items, list(indices), shape), shape)
 
 
 def _block(items, members: list[list[int]], T: int, B: int, P: int, layout: str) -> Rows:

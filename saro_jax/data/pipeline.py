@@ -4,26 +4,18 @@ Step k of a run is a function of (seed, k) alone, so the iterator's state is one
 of prefetch threads gives the same batches, and a resumed run sees what the straight one would have.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
 
 import grain
 import numpy as np
 
 from saro_jax.config import DataConfig
 from saro_jax.data import rows as rows_file
-from saro_jax.data.packing import Rows, laid_out_length, pack
+from saro_jax.data.packing import Shape, blocks, deal, laid_out_length
 from saro_jax.data.rows import Reject, StageKind
 from saro_jax.data.tokenise import Item, tokenise
-
-
-class Shape(NamedTuple):
-    """How items become blocks: tokens and number of their rows, layout, number of row lengths."""
-
-    row_length: int
-    rows: int
-    layout: str
-    buckets: int = 1
 
 
 def row_length(config: DataConfig, kind: StageKind) -> int:
@@ -56,15 +48,6 @@ def read_items(
     return kept, rejects, total
 
 
-class _Pack(grain.transforms.Map):
-    def __init__(self, items: Sequence[Item], shape: Shape):
-        self._items, self._shape = items, shape
-
-    def map(self, element: np.ndarray) -> list[Rows]:
-        indices = [int(i) for i in np.atleast_1d(element)]
-        return list(pack(self._items, indices, **self._shape._asdict()))
-
-
 def order(count: int, batch_rows: int, *, seed: int, shuffle: bool) -> grain.MapDataset:
     """Item indices of every step: element k is an int array [batch_rows]; endless.
 
@@ -76,20 +59,59 @@ def order(count: int, batch_rows: int, *, seed: int, shuffle: bool) -> grain.Map
     return dataset.repeat(None).batch(batch_rows)
 
 
-def steps(
+def window_of(step: int, count: int, batch_rows: int, window: int) -> tuple[int, int]:
+    """First step and number of steps of the shuffle window that a step belongs to.
+
+    Windows do not reach over the end of an epoch of `count` items; a step that does is alone.
+    """
+    epoch = step * batch_rows // count
+    first, end = -(-epoch * count // batch_rows), (epoch + 1) * count // batch_rows
+    if step >= end:
+        return step, 1
+    start = first + (step - first) // window * window
+    return start, min(window, end - start)
+
+
+def plan(
     items: Sequence[Item],
     *,
     batch_rows: int,
     shape: Shape,
     seed: int,
     shuffle: bool = True,
+    window: int = 1,
+) -> Callable[[int], list[list[int]]]:
+    """A function of the step number: the rows of that step, lists of item indices.
+
+    The rows of `window` steps are packed together and then dealt out to them, `batch_rows` items to
+    each, so that an item may move to another step of its window. Without shuffle every item stays
+    in the step that its place gives it.
+    """
+    indices = order(len(items), batch_rows, seed=seed, shuffle=shuffle)
+    window = window if shuffle else 1
+
+    @lru_cache(maxsize=4)
+    def dealt(start: int, number: int) -> list[list[list[int]]]:
+        drawn = [int(i) for k in range(start, start + number) for i in np.atleast_1d(indices[k])]
+        return deal(items, drawn, number, shape)
+
+    def rows_of(step: int) -> list[list[int]]:
+        start, number = window_of(step, len(items), batch_rows, window)
+        return dealt(start, number)[step - start]
+
+    return rows_of
+
+
+def steps(
+    items: Sequence[Item],
+    rows_of: Callable[[int], list[list[int]]],
+    shape: Shape,
     prefetch: int = 2,
 ) -> grain.DatasetIterator:
-    """Endless iterator of steps, each a list of `Rows` blocks of `shape`.
+    """Endless iterator of the steps of a `plan`, each a list of `Rows` blocks of `shape`.
 
     Its `get_state` / `set_state` are what a checkpoint keeps. prefetch: steps packed ahead.
     """
-    dataset = order(len(items), batch_rows, seed=seed, shuffle=shuffle)
-    dataset = dataset.map(_Pack(items, shape))
+    dataset = grain.MapDataset.range(2**31).map(lambda k: list(blocks(items, rows_of(k), shape)))
     options = grain.ReadOptions(num_threads=1 if prefetch else 0, prefetch_buffer_size=prefetch)
     return iter(dataset.to_iter_dataset(options))
