@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from saro_jax.config import Config, Flag
 from saro_jax.data import pipeline, rows
 from saro_jax.data.packing import laid_out_length, pack
 from saro_jax.data.pipeline import Shape
-from saro_jax.data.rows import StageKind
+from saro_jax.data.rows import Reject, StageKind
 from saro_jax.data.tokenise import Item
 from saro_jax.models import decoder, hub, huggingface
 from saro_jax.models.architecture import Architecture
@@ -62,6 +62,27 @@ class Source:
         return huggingface.load_params(
             self.folder, self.arch, dtype, sharding.shardings(self.mesh, shapes)
         )
+
+
+class Read(NamedTuple):
+    """Rows of one source: the items that are used, the rejects, and how many rows there were."""
+
+    items: list[Item]
+    rejects: list[Reject]
+    total: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before any weight is read."""
+
+    stage: str
+    config: Config  # train.batch_rows is at most the number of rows
+    source: Source
+    shape: Shape
+    training: Read
+    evaluation: Read
+    steps: int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,30 +118,43 @@ def run(config: Config, stage: str, out: Path) -> int:
     if not _claim(config, stage, out):
         print(f"{out}: complete, nothing to do; the model is in {out / 'model'}")
         return 0
+    prepared = prepare(config, stage)
+    _accept(prepared, out)
+    return _train(prepared, out)
+
+
+def prepare(config: Config, stage: str) -> Prepared:
+    """Everything of a run that needs no weights: model config, tokenizer, rows, shape, steps.
+
+    Writes nothing and refuses no row; `config.model.path` must be filled in.
+    """
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shape = _shape(config, stage, mesh)
     folder = hub.resolve(config.model.path, config.model.revision)
     arch = huggingface.load_architecture(folder)
     decoder.check_length(arch, config.data.max_length)
-    source = Source(
-        folder,
-        arch,
-        chat.load_tokenizer(folder, config.model.chat_template),
-        mesh,
-        config,
+    tokenizer = chat.load_tokenizer(folder, config.model.chat_template)
+    source = Source(folder, arch, tokenizer, mesh, config)
+    training = _read(config, stage, source, shape, config.data.train)
+    evaluation = _read(config, stage, source, shape, config.data.eval)
+    batch_rows = min(config.train.batch_rows, max(1, len(training.items)))
+    config = config.model_copy(
+        update={"train": config.train.model_copy(update={"batch_rows": batch_rows})}
     )
-    items = _items(config, stage, source, shape, out)
-    evaluation_items = _evaluation_items(config, stage, source, shape)
-    config_rows = min(config.train.batch_rows, len(items))
-    if config_rows < config.train.batch_rows:
-        print(
-            f"train.batch_rows={config.train.batch_rows}: only {len(items)} rows, all in each step"
-        )
-        config = config.model_copy(
-            update={"train": config.train.model_copy(update={"batch_rows": config_rows})}
-        )
-    steps = config.train.steps or math.ceil(config.train.epochs * len(items) / config_rows)
+    steps = config.train.steps or math.ceil(config.train.epochs * len(training.items) / batch_rows)
+    return Prepared(stage, config, source, shape, training, evaluation, steps)
 
+
+def _train(prepared: Prepared, out: Path) -> int:
+    """Reference, steps, export; the exit code of `run`."""
+    config, stage, source, shape = (
+        prepared.config,
+        prepared.stage,
+        prepared.source,
+        prepared.shape,
+    )
+    items, evaluation_items = prepared.training.items, prepared.evaluation.items
+    steps, config_rows, mesh = prepared.steps, prepared.config.train.batch_rows, source.mesh
     params = source.load()
     _announce(config, stage, out, source, params, items, shape, steps)
     logps = eval_logps = None
@@ -253,42 +287,42 @@ def _shape(config: Config, stage: str, mesh: Mesh) -> Shape:
     return Shape(length, config.train.micro_rows, layout, config.data.row_buckets)
 
 
-def _read_items(config: Config, stage: str, source: Source, shape: Shape, sources):
-    return pipeline.read_items(
-        config.data,
-        sources,
-        KINDS[stage],
-        source.tokenizer,
-        layout=shape.layout,
-        row_length=shape.row_length,
+def _read(config: Config, stage: str, source: Source, shape: Shape, rows_of) -> Read:
+    if rows_of is None:
+        return Read([], [], 0)
+    return Read(
+        *pipeline.read_items(
+            config.data,
+            rows_of,
+            KINDS[stage],
+            source.tokenizer,
+            layout=shape.layout,
+            row_length=shape.row_length,
+        )
     )
 
 
-def _items(config: Config, stage: str, source: Source, shape: Shape, out: Path) -> list[Item]:
-    """The training items; rejects go to rejects.jsonl, too many of them stop the run."""
-    items, rejects, total = _read_items(config, stage, source, shape, config.data.train)
+def _accept(prepared: Prepared, out: Path) -> None:
+    """Say what became of the rows: rejects go to rejects.jsonl, too many of them stop the run."""
+    data, (items, rejects, total) = prepared.config.data, prepared.training
     rows.write_rejects(out / "rejects.jsonl", rejects)
-    rows.check_share(rejects, total, config.data.max_reject_share)
+    rows.check_share(rejects, total, data.max_reject_share)
     if not items:
-        raise ValueError(f"data.train={config.data.train}: no row is left; see {out}/rejects.jsonl")
+        raise ValueError(f"data.train={data.train}: no row is left; see {out}/rejects.jsonl")
     if rejects:
         print(f"{len(rejects)} of {total} rows rejected: {out / 'rejects.jsonl'}", flush=True)
     cut = sum(any(branch.truncated for branch in item.branches) for item in items)
     if cut:
         print(
-            f"{cut} of {len(items)} rows are cut at data.max_length={config.data.max_length} and "
+            f"{cut} of {len(items)} rows are cut at data.max_length={data.max_length} and "
             "do not learn to end",
             flush=True,
         )
-    return items
-
-
-def _evaluation_items(config: Config, stage: str, source: Source, shape: Shape) -> list[Item]:
-    if config.data.eval is None:
-        return []
-    items, rejects, total = _read_items(config, stage, source, shape, config.data.eval)
-    rows.check_share(rejects, total, config.data.max_reject_share)
-    return items
+    evaluation = prepared.evaluation
+    rows.check_share(evaluation.rejects, evaluation.total, data.max_reject_share)
+    wanted = prepared.source.config.train.batch_rows
+    if prepared.config.train.batch_rows < wanted:
+        print(f"train.batch_rows={wanted}: only {len(items)} rows, all in each step")
 
 
 def _groups(items: Sequence[Item], size: int) -> list[list[int]]:
