@@ -4,9 +4,12 @@ rw    Reasoning-style Warmup: supervised fine-tuning on reasoning and answer.
 srpo  Safety-oriented Reasoning Process Optimization: DPO on outcome and process pairs, with
       reference log-probs computed once, before training, by the training code itself.
 
+--dry-run reads model config, tokenizer and rows, says what will go wrong and what to do about it,
+writes nothing, and exits with 2 where the run cannot work.
+
 The same command continues a run that was stopped. OUT holds config.yaml, provenance.json,
-metrics.jsonl, rejects.jsonl, checkpoints/, tensorboard/ and, at the end, model/: a Hugging Face
-folder. Ctrl-C and SIGTERM save and end with exit code 130 and 143.
+metrics.jsonl, doctor.jsonl, rejects.jsonl, checkpoints/, tensorboard/ and, at the end, model/: a
+Hugging Face folder. Ctrl-C and SIGTERM save and end with exit code 130 and 143.
 """
 
 import json
@@ -23,10 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from rich.console import Console
 
 from saro_jax import config as configuration
 from saro_jax.config import Config, Flag
-from saro_jax.data import pipeline, rows
+from saro_jax.data import inspect, pipeline, rows
 from saro_jax.data.packing import laid_out_length, pack
 from saro_jax.data.pipeline import Shape
 from saro_jax.data.rows import Reject, StageKind
@@ -36,13 +40,17 @@ from saro_jax.models.architecture import Architecture
 from saro_jax.parallel import mesh as meshes
 from saro_jax.parallel import sharding
 from saro_jax.text import chat
-from saro_jax.training import loop, metrics, optimizer, reference, step
+from saro_jax.training import doctor, loop, metrics, optimizer, reference, step
 from saro_jax.training.checkpoint import Checkpoints, abstract
+from saro_jax.training.finding import Finding, refuse, report
+from saro_jax.training.memory import GIB, device_memory, estimate, parameters
 from saro_jax.training.scoring import make_scorer, score_items
+from saro_jax.training.watch import Watch
 
 KINDS: dict[str, StageKind] = {"rw": "sft", "srpo": "preference"}
 # Largest difference of fp32 logits between the export read by transformers and this model.
 EXPORT_TOLERANCE = 2e-4
+EXAMPLE_TOKENS = 80  # of a stretch of the row that --dry-run shows
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Flag("stage", "which stage to train", choices=("rw", "srpo"), required=True),
         Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart"),
         Flag("out", "output folder; default runs/RECIPE/STAGE", parse=Path),
+        Flag("dry-run", "look for what will go wrong, train nothing, write nothing", switch=True),
     ]
     try:
         args = configuration.parse_command_line(
@@ -98,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         config = configuration.load(args.config, args.overrides, args.stage)
         out = args.out or Path("runs") / Path(args.config).stem / args.stage
-        return run(config, args.stage, out)
+        return dry_run(config, args.stage, out) if args.dry_run else run(config, args.stage, out)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -121,6 +130,38 @@ def run(config: Config, stage: str, out: Path) -> int:
     prepared = prepare(config, stage)
     _accept(prepared, out)
     return _train(prepared, out)
+
+
+def dry_run(config: Config, stage: str, out: Path) -> int:
+    """Print what `run` would do and what the doctor finds; 2 where the run cannot work, else 0."""
+    config = _with_model(config, stage, out)
+    metrics.check(config)
+    prepared = prepare(config, stage)
+    items, console = prepared.training.items, Console(highlight=False, soft_wrap=True)
+    if items:
+        inspect.show(items[0], prepared.source.tokenizer, console, EXAMPLE_TOKENS)
+        console.rule()
+        print(_summary(prepared))
+    findings = _examine(prepared)
+    print(report(findings), flush=True)
+    return 2 if any(finding.level == "error" for finding in findings) else 0
+
+
+def _examine(prepared: Prepared) -> list[Finding]:
+    source, training = prepared.source, prepared.training
+    return doctor.before(
+        prepared.config,
+        prepared.stage,
+        source.arch,
+        source.tokenizer,
+        prepared.shape,
+        source.mesh,
+        items=training.items,
+        rejects=training.rejects,
+        total=training.total,
+        evaluation=prepared.evaluation.items,
+        steps=prepared.steps,
+    )
 
 
 def prepare(config: Config, stage: str) -> Prepared:
@@ -155,8 +196,13 @@ def _train(prepared: Prepared, out: Path) -> int:
     )
     items, evaluation_items = prepared.training.items, prepared.evaluation.items
     steps, config_rows, mesh = prepared.steps, prepared.config.train.batch_rows, source.mesh
+    findings = _examine(prepared)
+    refuse(findings)
     params = source.load()
-    _announce(config, stage, out, source, params, items, shape, steps)
+    print(f"{_summary(prepared)} -> {out}", flush=True)
+    fresh = not any((out / "checkpoints").glob("[0-9]*"))
+    watch = Watch(out / "doctor.jsonl", config, stage, fresh=fresh)
+    watch.say(findings, ("warning", "error"))
     logps = eval_logps = None
     if stage == "srpo":
         order = pipeline.order(
@@ -210,6 +256,7 @@ def _train(prepared: Prepared, out: Path) -> int:
             schedule=optimizer.learning_rate(config.optimizer, steps),
             checkpoints=checkpoints,
             writer=writer,
+            watch=watch,
             evaluation=evaluation,
             tokens_before=tokens_before,
             window_before=window_before,
@@ -336,26 +383,20 @@ def _pack_groups(items, groups, shape: Shape):
     return blocks
 
 
-def _announce(config, stage, out, source: Source, params, items, shape: Shape, steps: int) -> None:
-    """The first line: what is trained, on what, for how long, in how much memory."""
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+def _summary(prepared: Prepared) -> str:
+    """One line: what is trained, on what, for how long, in how much memory."""
+    config, shape, items = prepared.config, prepared.shape, prepared.training.items
+    arch, stage = prepared.source.arch, prepared.stage
+    rows_of = config.train.batch_rows
     tokens = sum(loop.sequence_tokens(item) for item in items) / len(items)
     laid_out = sum(laid_out_length(item, shape.layout) for item in items) / len(items)
-    device = jax.devices()[0]
-    stats = device.memory_stats() or {}
-    memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    # Master weights, two moments and the summed gradient; plus activations.
-    moments = 2 if config.optimizer.name == "adamw" else 0
-    width = jnp.dtype(config.model.param_dtype).itemsize
-    state = count * (width * (1 + moments) + 4) / 2**30
-    print(
-        f"{stage}: {count / 1e6:.1f}M parameters ({config.model.dtype}), {len(items)} rows, "
-        f"{tokens * config.train.batch_rows:.0f} tokens per step "
-        f"({laid_out * config.train.batch_rows:.0f} computed, rows of {shape.row_length}), "
-        f"{steps} steps, {jax.device_count()} x {device.device_kind} of "
-        f"{memory / 2**30:.1f} GiB, "
-        f"{state:.2f} GiB of training state -> {out}",
-        flush=True,
+    need = estimate(config, stage, arch, shape, prepared.source.mesh).total
+    return (
+        f"{stage}: {parameters(arch) / 1e6:.1f}M parameters ({config.model.dtype}), "
+        f"{len(items)} rows, {tokens * rows_of:.0f} tokens per step "
+        f"({laid_out * rows_of:.0f} computed, rows of {shape.row_length}), "
+        f"{prepared.steps} steps, {jax.device_count()} x {jax.devices()[0].device_kind} of "
+        f"{device_memory() / GIB:.1f} GiB, about {need / GIB:.2f} GiB needed on each"
     )
 
 
