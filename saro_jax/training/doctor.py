@@ -186,8 +186,8 @@ def ends(items: Sequence[Item], tokenizer: Any, config: Config) -> list[Finding]
         if count > 1:
             where = f" (chosen {cut[0]}, rejected {sum(cut[1:])})"
         found = (
-            f"{rows_cut} of {len(items)} rows, {percent(rows_cut / len(items))}{where}, are cut at data.max_length="
-            f"{config.data.max_length}, and their answers have no end-of-turn token to learn"
+            f"{rows_cut} of {len(items)} rows, {percent(rows_cut / len(items))}{where}, are cut at "
+            f"data.max_length={config.data.max_length}, and their answers have no end-of-turn token to learn"
         )
         grave = rows_cut > 0.05 * len(items)
         if count > 1 and abs(cut[0] - sum(cut[1:])) > 0.05 * len(items):
@@ -385,7 +385,7 @@ def length_bias(items: Sequence[Item]) -> list[Finding]:
     side = "longer" if gaps.mean() >= 0 else "shorter"
     found = (
         f"the chosen answer is {abs(gaps.mean()):.0f} tokens {side} on average (median "
-        f"{np.median(gaps):+.0f})"
+        f"{np.median(gaps):.0f})"
     )
     if len(by_kind) > 1:
         means = ", ".join(f"{kind} {np.mean(some):+.0f}" for kind, some in by_kind.items())

@@ -29,6 +29,7 @@ class Memory(NamedTuple):
     gradients: float
     activations: float
     head: float
+    process: float
 
     @property
     def total(self) -> float:
@@ -42,13 +43,15 @@ def estimate(
 
     weights      N w, w = bytes of param_dtype; twice with a resident reference
     moments      2 n w (AdamW), n = trained parameters (LoRA's adapters, else N)
-    gradients    n (4 + w): the float32 sum of the step, and the block's own
+    gradients    8 n: the float32 sum of the step, and the block's own (or, with bfloat16 weights,
+                 the update's float32 copy)
     activations  t tokens of a block: what the remat policy keeps of each of L layers, and one
                  layer's working set in float32
     head         three float32 chunks of logits, the output matrix in the compute dtype, and its
                  float32 gradient twice
-    N is divided by mesh.fsdp x mesh.tensor, t by the shards of rows. Left out: the Python process
-    (0.3 to 0.6 GB on a CPU), fragmentation, and compiled programs.
+    process      on a CPU 0.5 GiB of Python, libraries and compiled programs
+    N is divided by mesh.fsdp x mesh.tensor, t by the shards of rows. Fragmentation is left out.
+    docs/doctor.md compares with the compiler's figures and with measurements.
     """
     size = parameters(arch)
     trained = _lora_parameters(config, arch) or size
@@ -59,19 +62,22 @@ def estimate(
     copies = 2 if stage == "srpo" and getattr(config.srpo, "reference", "") == "resident" else 1
     D, F, V = arch.hidden_size, arch.intermediate_size, arch.vocab_size
     N, K = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    cpu = jax.default_backend() == "cpu"
+    stored = 4 if cpu else compute  # what is kept for the backward pass: XLA's CPU code widens it
     kept = {
         "full": D * compute,
-        "dots": (D + 2 * N + 2 * K + 2 * F) * compute,
-        "none": (4 * D + 2 * N + 2 * K + 2 * F) * compute + (3 * F + 2 * D) * 4,
+        "dots": (D + 2 * N + 2 * K + 2 * F) * stored,
+        "none": (4 * D + 2 * N + 2 * K + 2 * F) * stored + (4 * F + 2 * D) * 4,
     }[config.model.remat]
     working = (4 * D + 2 * N + 2 * K + 4 * F) * 4
     chunk = min(CHUNK, max(1, int(tokens)))
     return Memory(
         weights=copies * size * width / parts,
         moments=(2 if config.optimizer.name == "adamw" else 0) * trained * width / parts,
-        gradients=trained * (4 + width) / parts,
+        gradients=trained * 8 / parts,
         activations=tokens * (arch.num_layers * kept + working),
         head=3 * chunk * V * 4 + V * D * (compute + 8) / parts,
+        process=GIB / 2 if cpu else 0,
     )
 
 
