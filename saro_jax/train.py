@@ -358,13 +358,6 @@ def _accept(prepared: Prepared, out: Path) -> None:
         raise ValueError(f"data.train={data.train}: no row is left; see {out}/rejects.jsonl")
     if rejects:
         print(f"{len(rejects)} of {total} rows rejected: {out / 'rejects.jsonl'}", flush=True)
-    cut = sum(any(branch.truncated for branch in item.branches) for item in items)
-    if cut:
-        print(
-            f"{cut} of {len(items)} rows are cut at data.max_length={data.max_length} and "
-            "do not learn to end",
-            flush=True,
-        )
     evaluation = prepared.evaluation
     rows.check_share(evaluation.rejects, evaluation.total, data.max_reject_share)
     wanted = prepared.source.config.train.batch_rows

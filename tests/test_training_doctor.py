@@ -412,7 +412,7 @@ def records(number: int, **values: Any) -> list[watch.Record]:
              for name, value in values.items()}  # fmt: skip
     made = []
     for k in range(1, number + 1):
-        at = {n: v(k) if callable(v) else v for n, v in (usual | names).items()}
+        at = {n: float(v(k) if callable(v) else v) for n, v in (usual | names).items()}
         made.append(watch.Record(k, at, rate, 1000, 9.0 if k == 1 else 2.0))
     return made
 

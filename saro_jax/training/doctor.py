@@ -185,16 +185,16 @@ def ends(items: Sequence[Item], tokenizer: Any, config: Config) -> list[Finding]
         where = ""
         if count > 1:
             where = f" (chosen {cut[0]}, rejected {sum(cut[1:])})"
+        share = percent(rows_cut / len(items))
         found = (
-            f"{rows_cut} of {len(items)} rows, {percent(rows_cut / len(items))}{where}, are cut at "
-            f"data.max_length={config.data.max_length}, and their answers have no end-of-turn token to learn"
+            f"{rows_cut} of {len(items)} rows, {share}{where}, are cut at "
+            f"data.max_length={config.data.max_length}: what is cut has no end-of-turn token to "
+            "learn"
         )
-        grave = rows_cut > 0.05 * len(items)
         if count > 1 and abs(cut[0] - sum(cut[1:])) > 0.05 * len(items):
             found += "; where only one branch is cut, ending itself becomes the preference"
-            grave = True
         remedy = "raise data.max_length, or leave such rows out with data.too_long=reject"
-        findings.append(Finding("warning" if grave else "note", "truncated", found, remedy))
+        findings.append(Finding("warning", "truncated", found, remedy))
     whole = [branch for item in items for branch in item.branches if not branch.truncated]
     open_ended = sum(int(branch.ids[-1]) != end or not branch.scored[-1] for branch in whole)
     if open_ended:
