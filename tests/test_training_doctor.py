@@ -410,9 +410,12 @@ def records(number: int, **values: Any) -> list[watch.Record]:
     rate = values.pop("learning_rate", 1e-5)
     names = {name.replace("_", "/", 1) if "rewards" in name else name: value
              for name, value in values.items()}  # fmt: skip
+    course: dict[str, Any] = usual | names
     made = []
     for k in range(1, number + 1):
-        at = {n: float(v(k) if callable(v) else v) for n, v in (usual | names).items()}
+        at: dict[str, float] = {}
+        for name, value in course.items():
+            at[name] = value(k) if callable(value) else value  # pyright: ignore (Any)
         made.append(watch.Record(k, at, rate, 1000, 9.0 if k == 1 else 2.0))
     return made
 
