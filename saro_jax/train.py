@@ -4,9 +4,12 @@ rw    Reasoning-style Warmup: supervised fine-tuning on reasoning and answer.
 srpo  Safety-oriented Reasoning Process Optimization: DPO on outcome and process pairs, with
       reference log-probs computed once, before training, by the training code itself.
 
+--dry-run reads model config, tokenizer and rows, says what will go wrong and what to do about it,
+writes nothing, and exits with 2 where the run cannot work.
+
 The same command continues a run that was stopped. OUT holds config.yaml, provenance.json,
-metrics.jsonl, rejects.jsonl, checkpoints/, tensorboard/ and, at the end, model/: a Hugging Face
-folder. Ctrl-C and SIGTERM save and end with exit code 130 and 143.
+metrics.jsonl, doctor.jsonl, rejects.jsonl, checkpoints/, tensorboard/ and, at the end, model/: a
+Hugging Face folder. Ctrl-C and SIGTERM save and end with exit code 130 and 143.
 """
 
 import json
@@ -17,32 +20,37 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from rich.console import Console
 
 from saro_jax import config as configuration
 from saro_jax.config import Config, Flag
-from saro_jax.data import pipeline, rows
+from saro_jax.data import inspect, pipeline, rows
 from saro_jax.data.packing import laid_out_length, pack
 from saro_jax.data.pipeline import Shape
-from saro_jax.data.rows import StageKind
+from saro_jax.data.rows import Reject, StageKind
 from saro_jax.data.tokenise import Item
 from saro_jax.models import decoder, hub, huggingface
 from saro_jax.models.architecture import Architecture
 from saro_jax.parallel import mesh as meshes
 from saro_jax.parallel import sharding
 from saro_jax.text import chat
-from saro_jax.training import loop, metrics, optimizer, reference, step
+from saro_jax.training import doctor, loop, metrics, optimizer, reference, step
 from saro_jax.training.checkpoint import Checkpoints, abstract
+from saro_jax.training.finding import Finding, refuse, report
+from saro_jax.training.memory import GIB, device_memory, estimate, parameters
 from saro_jax.training.scoring import make_scorer, score_items
+from saro_jax.training.watch import Watch
 
 KINDS: dict[str, StageKind] = {"rw": "sft", "srpo": "preference"}
 # Largest difference of fp32 logits between the export read by transformers and this model.
 EXPORT_TOLERANCE = 2e-4
+EXAMPLE_TOKENS = 80  # of a stretch of the row that --dry-run shows
 
 
 @dataclass(frozen=True)
@@ -64,12 +72,34 @@ class Source:
         )
 
 
+class Read(NamedTuple):
+    """Rows of one source: the items that are used, the rejects, and how many rows there were."""
+
+    items: list[Item]
+    rejects: list[Reject]
+    total: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before any weight is read."""
+
+    stage: str
+    config: Config  # train.batch_rows is at most the number of rows
+    source: Source
+    shape: Shape
+    training: Read
+    evaluation: Read
+    steps: int
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     flags = [
         Flag("stage", "which stage to train", choices=("rw", "srpo"), required=True),
         Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart"),
         Flag("out", "output folder; default runs/RECIPE/STAGE", parse=Path),
+        Flag("dry-run", "look for what will go wrong, train nothing, write nothing", switch=True),
     ]
     try:
         args = configuration.parse_command_line(
@@ -77,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         config = configuration.load(args.config, args.overrides, args.stage)
         out = args.out or Path("runs") / Path(args.config).stem / args.stage
-        return run(config, args.stage, out)
+        return dry_run(config, args.stage, out) if args.dry_run else run(config, args.stage, out)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -97,32 +127,82 @@ def run(config: Config, stage: str, out: Path) -> int:
     if not _claim(config, stage, out):
         print(f"{out}: complete, nothing to do; the model is in {out / 'model'}")
         return 0
+    prepared = prepare(config, stage)
+    _accept(prepared, out)
+    return _train(prepared, out)
+
+
+def dry_run(config: Config, stage: str, out: Path) -> int:
+    """Print what `run` would do and what the doctor finds; 2 where the run cannot work, else 0."""
+    config = _with_model(config, stage, out)
+    metrics.check(config)
+    prepared = prepare(config, stage)
+    items, console = prepared.training.items, Console(highlight=False, soft_wrap=True)
+    if items:
+        inspect.show(items[0], prepared.source.tokenizer, console, EXAMPLE_TOKENS)
+        console.rule()
+        print(_summary(prepared))
+    findings = _examine(prepared)
+    print(report(findings), flush=True)
+    return 2 if any(finding.level == "error" for finding in findings) else 0
+
+
+def _examine(prepared: Prepared) -> list[Finding]:
+    source, training = prepared.source, prepared.training
+    return doctor.before(
+        prepared.config,
+        prepared.stage,
+        source.arch,
+        source.tokenizer,
+        prepared.shape,
+        source.mesh,
+        items=training.items,
+        rejects=training.rejects,
+        total=training.total,
+        evaluation=prepared.evaluation.items,
+        steps=prepared.steps,
+    )
+
+
+def prepare(config: Config, stage: str) -> Prepared:
+    """Everything of a run that needs no weights: model config, tokenizer, rows, shape, steps.
+
+    Writes nothing and refuses no row; `config.model.path` must be filled in.
+    """
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shape = _shape(config, stage, mesh)
     folder = hub.resolve(config.model.path, config.model.revision)
     arch = huggingface.load_architecture(folder)
     decoder.check_length(arch, config.data.max_length)
-    source = Source(
-        folder,
-        arch,
-        chat.load_tokenizer(folder, config.model.chat_template),
-        mesh,
-        config,
+    tokenizer = chat.load_tokenizer(folder, config.model.chat_template)
+    source = Source(folder, arch, tokenizer, mesh, config)
+    training = _read(config, stage, source, shape, config.data.train)
+    evaluation = _read(config, stage, source, shape, config.data.eval)
+    batch_rows = min(config.train.batch_rows, max(1, len(training.items)))
+    config = config.model_copy(
+        update={"train": config.train.model_copy(update={"batch_rows": batch_rows})}
     )
-    items = _items(config, stage, source, shape, out)
-    evaluation_items = _evaluation_items(config, stage, source, shape)
-    config_rows = min(config.train.batch_rows, len(items))
-    if config_rows < config.train.batch_rows:
-        print(
-            f"train.batch_rows={config.train.batch_rows}: only {len(items)} rows, all in each step"
-        )
-        config = config.model_copy(
-            update={"train": config.train.model_copy(update={"batch_rows": config_rows})}
-        )
-    steps = config.train.steps or math.ceil(config.train.epochs * len(items) / config_rows)
+    steps = config.train.steps or math.ceil(config.train.epochs * len(training.items) / batch_rows)
+    return Prepared(stage, config, source, shape, training, evaluation, steps)
 
+
+def _train(prepared: Prepared, out: Path) -> int:
+    """Reference, steps, export; the exit code of `run`."""
+    config, stage, source, shape = (
+        prepared.config,
+        prepared.stage,
+        prepared.source,
+        prepared.shape,
+    )
+    items, evaluation_items = prepared.training.items, prepared.evaluation.items
+    steps, config_rows, mesh = prepared.steps, prepared.config.train.batch_rows, source.mesh
+    findings = _examine(prepared)
+    refuse(findings)
     params = source.load()
-    _announce(config, stage, out, source, params, items, shape, steps)
+    print(f"{_summary(prepared)} -> {out}", flush=True)
+    fresh = not any((out / "checkpoints").glob("[0-9]*"))
+    watch = Watch(out / "doctor.jsonl", config, stage, fresh=fresh)
+    watch.say(findings, ("warning", "error"))
     logps = eval_logps = None
     if stage == "srpo":
         order = pipeline.order(
@@ -176,6 +256,7 @@ def run(config: Config, stage: str, out: Path) -> int:
             schedule=optimizer.learning_rate(config.optimizer, steps),
             checkpoints=checkpoints,
             writer=writer,
+            watch=watch,
             evaluation=evaluation,
             tokens_before=tokens_before,
             window_before=window_before,
@@ -253,42 +334,35 @@ def _shape(config: Config, stage: str, mesh: Mesh) -> Shape:
     return Shape(length, config.train.micro_rows, layout, config.data.row_buckets)
 
 
-def _read_items(config: Config, stage: str, source: Source, shape: Shape, sources):
-    return pipeline.read_items(
-        config.data,
-        sources,
-        KINDS[stage],
-        source.tokenizer,
-        layout=shape.layout,
-        row_length=shape.row_length,
+def _read(config: Config, stage: str, source: Source, shape: Shape, rows_of) -> Read:
+    if rows_of is None:
+        return Read([], [], 0)
+    return Read(
+        *pipeline.read_items(
+            config.data,
+            rows_of,
+            KINDS[stage],
+            source.tokenizer,
+            layout=shape.layout,
+            row_length=shape.row_length,
+        )
     )
 
 
-def _items(config: Config, stage: str, source: Source, shape: Shape, out: Path) -> list[Item]:
-    """The training items; rejects go to rejects.jsonl, too many of them stop the run."""
-    items, rejects, total = _read_items(config, stage, source, shape, config.data.train)
+def _accept(prepared: Prepared, out: Path) -> None:
+    """Say what became of the rows: rejects go to rejects.jsonl, too many of them stop the run."""
+    data, (items, rejects, total) = prepared.config.data, prepared.training
     rows.write_rejects(out / "rejects.jsonl", rejects)
-    rows.check_share(rejects, total, config.data.max_reject_share)
+    rows.check_share(rejects, total, data.max_reject_share)
     if not items:
-        raise ValueError(f"data.train={config.data.train}: no row is left; see {out}/rejects.jsonl")
+        raise ValueError(f"data.train={data.train}: no row is left; see {out}/rejects.jsonl")
     if rejects:
         print(f"{len(rejects)} of {total} rows rejected: {out / 'rejects.jsonl'}", flush=True)
-    cut = sum(any(branch.truncated for branch in item.branches) for item in items)
-    if cut:
-        print(
-            f"{cut} of {len(items)} rows are cut at data.max_length={config.data.max_length} and "
-            "do not learn to end",
-            flush=True,
-        )
-    return items
-
-
-def _evaluation_items(config: Config, stage: str, source: Source, shape: Shape) -> list[Item]:
-    if config.data.eval is None:
-        return []
-    items, rejects, total = _read_items(config, stage, source, shape, config.data.eval)
-    rows.check_share(rejects, total, config.data.max_reject_share)
-    return items
+    evaluation = prepared.evaluation
+    rows.check_share(evaluation.rejects, evaluation.total, data.max_reject_share)
+    wanted = prepared.source.config.train.batch_rows
+    if prepared.config.train.batch_rows < wanted:
+        print(f"train.batch_rows={wanted}: only {len(items)} rows, all in each step")
 
 
 def _groups(items: Sequence[Item], size: int) -> list[list[int]]:
@@ -302,26 +376,20 @@ def _pack_groups(items, groups, shape: Shape):
     return blocks
 
 
-def _announce(config, stage, out, source: Source, params, items, shape: Shape, steps: int) -> None:
-    """The first line: what is trained, on what, for how long, in how much memory."""
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+def _summary(prepared: Prepared) -> str:
+    """One line: what is trained, on what, for how long, in how much memory."""
+    config, shape, items = prepared.config, prepared.shape, prepared.training.items
+    arch, stage = prepared.source.arch, prepared.stage
+    rows_of = config.train.batch_rows
     tokens = sum(loop.sequence_tokens(item) for item in items) / len(items)
     laid_out = sum(laid_out_length(item, shape.layout) for item in items) / len(items)
-    device = jax.devices()[0]
-    stats = device.memory_stats() or {}
-    memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    # Master weights, two moments and the summed gradient; plus activations.
-    moments = 2 if config.optimizer.name == "adamw" else 0
-    width = jnp.dtype(config.model.param_dtype).itemsize
-    state = count * (width * (1 + moments) + 4) / 2**30
-    print(
-        f"{stage}: {count / 1e6:.1f}M parameters ({config.model.dtype}), {len(items)} rows, "
-        f"{tokens * config.train.batch_rows:.0f} tokens per step "
-        f"({laid_out * config.train.batch_rows:.0f} computed, rows of {shape.row_length}), "
-        f"{steps} steps, {jax.device_count()} x {device.device_kind} of "
-        f"{memory / 2**30:.1f} GiB, "
-        f"{state:.2f} GiB of training state -> {out}",
-        flush=True,
+    need = estimate(config, stage, arch, shape, prepared.source.mesh).total
+    return (
+        f"{stage}: {parameters(arch) / 1e6:.1f}M parameters ({config.model.dtype}), "
+        f"{len(items)} rows, {tokens * rows_of:.0f} tokens per step "
+        f"({laid_out * rows_of:.0f} computed, rows of {shape.row_length}), "
+        f"{prepared.steps} steps, {jax.device_count()} x {jax.devices()[0].device_kind} of "
+        f"{device_memory() / GIB:.1f} GiB, about {need / GIB:.2f} GiB needed on each"
     )
 
 

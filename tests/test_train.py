@@ -73,6 +73,7 @@ def test_the_output_folder(straight, stage, names):
         "config.yaml",
         "provenance.json",
         "metrics.jsonl",
+        "doctor.jsonl",
         "rejects.jsonl",
         "checkpoints",
         "model",

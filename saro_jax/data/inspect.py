@@ -20,18 +20,21 @@ STYLES = {"prefix": "cyan", "given": "dim", "scored": "bold green"}
 SCORED_MARKS = ("⟦", "⟧")
 
 
-def show(item: Item, tokenizer: Any, console: Console) -> None:
-    """Prints one item: prefix and branches, scored tokens coloured (without colour: in ⟦ ⟧)."""
+def show(item: Item, tokenizer: Any, console: Console, limit: int | None = None) -> None:
+    """Prints one item: prefix and branches, scored tokens coloured (without colour: in ⟦ ⟧).
+
+    limit: of a longer stretch of tokens only half as many from its start and its end are shown.
+    """
     console.rule()
     console.print(Text(f"{item.id}  {item.where}  {item.kind}  weight {item.weight:g}"))
     names = ("",) if len(item.branches) == 1 else ("chosen", "rejected")
     if len(item.branches) > 1:
         console.print(Text(f"prefix: {len(item.prefix)} tokens"))
-        console.print(_text(tokenizer, item.prefix, "prefix", console))
+        console.print(_text(tokenizer, item.prefix, "prefix", console, limit))
     for name, branch in zip(names, item.branches, strict=True):
         scored = int(branch.scored.sum())
         console.print(Text(f"{name or 'conversation'}: {len(branch.ids)} tokens, {scored} scored"))
-        console.print(_branch_text(tokenizer, branch, console))
+        console.print(_branch_text(tokenizer, branch, console, limit))
 
 
 def summary(items: Sequence[Item], rejects: Sequence[Reject]) -> str:
@@ -97,19 +100,24 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _branch_text(tokenizer: Any, branch: Branch, console: Console) -> Text:
+def _branch_text(tokenizer: Any, branch: Branch, console: Console, limit: int | None) -> Text:
     text = Text()
     edges = [0, *(np.flatnonzero(np.diff(branch.scored)) + 1).tolist(), len(branch.ids)]
     for start, end in pairwise(edges):
         style = "scored" if branch.scored[start] else "given"
-        text.append_text(_text(tokenizer, branch.ids[start:end], style, console))
+        text.append_text(_text(tokenizer, branch.ids[start:end], style, console, limit))
     if branch.truncated:
         text.append(" … [truncated: no end of turn]", style="bold red")
     return text
 
 
-def _text(tokenizer: Any, ids: np.ndarray, style: str, console: Console) -> Text:
-    shown = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+def _text(tokenizer: Any, ids: np.ndarray, style: str, console: Console, limit: int | None) -> Text:
+    parts = [ids]
+    if limit is not None and len(ids) > limit:
+        parts = [ids[: limit // 2], ids[len(ids) - limit // 2 :]]
+    shown = " [...] ".join(
+        tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in parts
+    )
     if style == "scored" and (console.no_color or not console.is_terminal):
         shown = shown.join(SCORED_MARKS)
     return Text(shown, style=STYLES[style])

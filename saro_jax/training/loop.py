@@ -18,6 +18,7 @@ from saro_jax.training.checkpoint import Checkpoints, iterator_state
 from saro_jax.training.metrics import Writer
 from saro_jax.training.scoring import put
 from saro_jax.training.step import Programs, State
+from saro_jax.training.watch import Watch
 
 PER_TOKEN = {"correct": "mean_token_accuracy", "entropy": "entropy"}
 
@@ -141,6 +142,7 @@ def fit(
     schedule: Callable[[int], Any],
     checkpoints: Checkpoints,
     writer: Writer,
+    watch: Watch | None = None,
     evaluation: tuple[list[Rows], np.ndarray | None] | None = None,
     tokens_before: int = 0,
     window_before: Sequence[dict[str, float]] = (),
@@ -165,6 +167,8 @@ def fit(
         pending = None
         values = summarise(stage, jax.device_get(sums))
         values["grad_norm"] = float(norm["grad_norm"])
+        if watch is not None:
+            watch.step(at, values, float(schedule(at - 1)), tokens)
         for name in ("loss", "grad_norm"):
             if not np.isfinite(values[name]):
                 raise ValueError(
@@ -198,6 +202,8 @@ def fit(
         }
         checkpoints.save(step, state, data)
 
+    if watch is not None:
+        watch.start()
     with jax.set_mesh(mesh), stop_signals() as signalled:
         while step < steps and not signalled.number:
             blocks = next(iterator)

@@ -1,0 +1,175 @@
+"""The memory of a training step: a formula, the device's, and what would save most."""
+
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from saro_jax.config import Config
+from saro_jax.data.pipeline import Shape
+from saro_jax.models import decoder
+from saro_jax.models.architecture import Architecture
+from saro_jax.objectives.logprobs import CHUNK
+from saro_jax.parallel import mesh as meshes
+from saro_jax.training.finding import Finding
+
+GIB = 2**30
+
+
+class Memory(NamedTuple):
+    """Bytes on one device."""
+
+    weights: float
+    moments: float
+    gradients: float
+    activations: float
+    head: float
+    process: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def estimate(
+    config: Config, stage: str, arch: Architecture, shape: Shape, mesh: Mesh | None = None
+) -> Memory:
+    """Peak bytes of a training step on one device, by a formula.
+
+    weights      N w, w = bytes of param_dtype; twice with a resident reference
+    moments      2 n w (AdamW), n = trained parameters (LoRA's adapters, else N)
+    gradients    8 n: the float32 sum of the step, and the block's own (or, with bfloat16 weights,
+                 the update's float32 copy)
+    activations  t tokens of a block: what the remat policy keeps of each of L layers, and one
+                 layer's working set in float32
+    head         three float32 chunks of logits, the output matrix in the compute dtype, and its
+                 float32 gradient twice
+    process      on a CPU 0.5 GiB of Python, libraries and compiled programs
+    N is divided by mesh.fsdp x mesh.tensor, t by the shards of rows. Fragmentation is left out.
+    docs/doctor.md compares with the compiler's figures and with measurements.
+    """
+    size = parameters(arch)
+    trained = _lora_parameters(config, arch) or size
+    width, compute = (jnp.dtype(d).itemsize for d in (config.model.param_dtype, config.model.dtype))
+    parts = mesh.shape["fsdp"] * mesh.shape["tensor"] if mesh is not None else 1
+    shards = meshes.row_shards(mesh) if mesh is not None else 1
+    tokens = shape.rows * shape.row_length / shards
+    copies = 2 if stage == "srpo" and getattr(config.srpo, "reference", "") == "resident" else 1
+    D, F, V = arch.hidden_size, arch.intermediate_size, arch.vocab_size
+    N, K = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    cpu = jax.default_backend() == "cpu"
+    stored = 4 if cpu else compute  # what is kept for the backward pass: XLA's CPU code widens it
+    kept = {
+        "full": D * compute,
+        "dots": (D + 2 * N + 2 * K + 2 * F) * stored,
+        "none": (4 * D + 2 * N + 2 * K + 2 * F) * stored + (4 * F + 2 * D) * 4,
+    }[config.model.remat]
+    working = (4 * D + 2 * N + 2 * K + 4 * F) * 4
+    chunk = min(CHUNK, max(1, int(tokens)))
+    return Memory(
+        weights=copies * size * width / parts,
+        moments=(2 if config.optimizer.name == "adamw" else 0) * trained * width / parts,
+        gradients=trained * 8 / parts,
+        activations=tokens * (arch.num_layers * kept + working),
+        head=3 * chunk * V * 4 + V * D * (compute + 8) / parts,
+        process=GIB / 2 if cpu else 0,
+    )
+
+
+def memory(
+    config: Config, stage: str, arch: Architecture, shape: Shape, mesh: Mesh | None, available: int
+) -> list[Finding]:
+    """The estimate against `available` bytes of the device, with the largest saving."""
+    need = estimate(config, stage, arch, shape, mesh)
+    parts = ", ".join(
+        f"{name} {value / GIB:.2f}" for name, value in need._asdict().items() if value > 0
+    )
+    found = (
+        f"needs about {need.total / GIB:.2f} GiB of {available / GIB:.1f} GiB on each device "
+        f"({parts})"
+    )
+    share = need.total / available
+    if share <= 0.85:
+        return [Finding("ok", "memory", found)]
+    remedy = _savings(config, stage, arch, shape, mesh, need.total)
+    return [Finding("error" if share > 1 else "warning", "memory", found, remedy)]
+
+
+def _savings(config: Config, stage, arch, shape: Shape, mesh, total: float) -> str:
+    """What would lower the estimate, the largest saving first."""
+    changes: list[tuple[str, Config, Shape]] = []
+
+    def changed(**update: str) -> Config:
+        return config.model_copy(update={"model": config.model.model_copy(update=update)})
+
+    if config.model.param_dtype != "bfloat16":
+        changes.append(("model.param_dtype=bfloat16", changed(param_dtype="bfloat16"), shape))
+    if config.model.remat != "full":
+        changes.append(("model.remat=full", changed(remat="full"), shape))
+    shards = meshes.row_shards(mesh) if mesh is not None else 1
+    if shape.rows > shards:
+        option = f"train.micro_rows={shards}"
+        changes.append((option, config, shape._replace(rows=shards)))
+    half = max(config.data.max_length, shape.row_length // 2)
+    if half < shape.row_length:
+        option = f"data.row_length={half}"
+        changes.append((option, config, shape._replace(row_length=half)))
+    saved = [
+        (total - estimate(new, stage, arch, some, mesh).total, option)
+        for option, new, some in changes
+    ]
+    if hasattr(config, "lora") and not lora_rank(config):
+        width = jnp.dtype(config.model.param_dtype).itemsize
+        saved.append((0.98 * parameters(arch) * (3 * width + 4), "LoRA (lora.rank=16)"))
+    named = [
+        f"{option} saves {save / GIB:.2g} GiB"
+        for save, option in sorted(saved, reverse=True)
+        if save > 0.02 * total
+    ]
+    return ", ".join([*named, "more devices (mesh.fsdp)"])
+
+
+def device_memory() -> int:
+    """Bytes of the first device; on a CPU those of the machine or of its container."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(file).read_text().strip()
+        except OSError:
+            continue
+        limits += [int(text)] if text.isdigit() else []
+    return min(limits)
+
+
+def peak_memory() -> int:
+    """The most bytes the first device held so far; on a CPU, the process."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    # Linux counts KiB, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def parameters(arch: Architecture) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(decoder.abstract_params(arch)))
+
+
+def lora_rank(config: Config) -> int:
+    return getattr(getattr(config, "lora", None), "rank", 0) or 0
+
+
+def _lora_parameters(config: Config, arch: Architecture) -> int:
+    """Parameters of adapters on all linear layers; 0 without LoRA."""
+    D, F = arch.hidden_size, arch.intermediate_size
+    N, K = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    ends_of = 2 * (D + N) + 2 * (D + K) + 3 * (D + F)
+    return lora_rank(config) * arch.num_layers * ends_of
