@@ -81,6 +81,7 @@ def score(config: Config, kind: rows.StageKind, out: Path, *, whole: bool = Fals
         tokenizer,
         layout=layout,
         row_length=row_length,
+        scope=config.srpo.scope,
     )
     if rejects:
         rows.write_rejects(out.with_name(f"{out.name}.rejects.jsonl"), rejects)
@@ -100,7 +101,8 @@ def score(config: Config, kind: rows.StageKind, out: Path, *, whole: bool = Fals
     results = {}
     shape = pipeline.Shape(row_length, micro_rows, layout, config.data.row_buckets)
     scored = score_items(scorer, params, items, groups, shape)
-    for i, logp, tokens in tqdm(scored, total=len(items), unit="row", disable=None):
+    for i, logps, counts in tqdm(scored, total=len(items), unit="row", disable=None):
+        logp, tokens = logps.sum(-1), counts.sum(-1)
         if kind == "preference":
             results[i] = {
                 "logps/chosen": float(logp[0]),

@@ -33,14 +33,16 @@ from saro_jax.data.rows import StageKind
 from saro_jax.data.tokenise import Item
 from saro_jax.models import decoder, hub, huggingface
 from saro_jax.models.architecture import Architecture
+from saro_jax.objectives.preference import REFERENCE_FREE
 from saro_jax.parallel import mesh as meshes
 from saro_jax.parallel import sharding
 from saro_jax.text import chat
-from saro_jax.training import loop, metrics, optimizer, reference, step
+from saro_jax.training import loop, metrics, mismatch, optimizer, reference, step
 from saro_jax.training.checkpoint import Checkpoints, abstract
+from saro_jax.training.mismatch import Mismatches
 from saro_jax.training.scoring import make_scorer, score_items
 
-KINDS: dict[str, StageKind] = {"rw": "sft", "srpo": "preference"}
+MOST_KINDS = 32  # kinds of pairs that get metrics of their own
 # Largest difference of fp32 logits between the export read by transformers and this model.
 EXPORT_TOLERANCE = 2e-4
 
@@ -111,6 +113,8 @@ def run(config: Config, stage: str, out: Path) -> int:
     )
     items = _items(config, stage, source, shape, out)
     evaluation_items = _evaluation_items(config, stage, source, shape)
+    _check_noise(config, stage, items, evaluation_items)
+    kinds = _kinds(stage, [*items, *evaluation_items])
     config_rows = min(config.train.batch_rows, len(items))
     if config_rows < config.train.batch_rows:
         print(
@@ -123,24 +127,35 @@ def run(config: Config, stage: str, out: Path) -> int:
 
     params = source.load()
     _announce(config, stage, out, source, params, items, shape, steps)
-    logps = eval_logps = None
-    if stage == "srpo":
+    logps = eval_logps = mismatches = eval_mismatches = None
+    eval_groups = _groups(evaluation_items, config_rows)
+    if _stored(config, stage):
         order = pipeline.order(
             len(items), config_rows, seed=config.seed, shuffle=config.data.shuffle
         )
-        epoch = [order[k] for k in range(math.ceil(len(items) / config_rows))]
+        epoch: list[Any] = [order[k] for k in range(math.ceil(len(items) / config_rows))]
         logps = _reference(source, params, items, epoch, shape)
         if evaluation_items:
-            eval_logps = _reference(
-                source, params, evaluation_items, _groups(evaluation_items, config_rows), shape
-            )
+            eval_logps = _reference(source, params, evaluation_items, eval_groups, shape)
+    if row_kind(config, stage) == "unpaired":
+        order = pipeline.order(
+            len(items), config_rows, seed=config.seed, shuffle=config.data.shuffle
+        )
+        every: list[Any] = [order[k] for k in range(steps)]
+        step_groups = [[int(i) for i in np.atleast_1d(group)] for group in every]
+        mismatches = _mismatches(source, params, items, step_groups, shape)
+        if evaluation_items:  # its baseline is that of the whole set
+            whole = [list(range(len(evaluation_items)))]
+            eval_mismatches = _mismatches(source, params, evaluation_items, whole, shape)
     evaluation = None
     if evaluation_items:
-        blocks = _pack_groups(evaluation_items, _groups(evaluation_items, config_rows), shape)
-        evaluation = (blocks, eval_logps)
+        blocks = _pack_groups(evaluation_items, eval_groups, shape)
+        numbers = _kind_numbers(evaluation_items, kinds)
+        evaluation = loop.Evaluation(blocks, eval_logps, numbers, eval_mismatches)
 
     transform = optimizer.make(config.optimizer, steps)
-    state = step.init_state(transform, params, mesh)
+    resident = stage == "srpo" and config.srpo.reference == "resident"
+    state = step.init_state(transform, params, mesh, resident=resident)
     del params
     iterator = pipeline.steps(
         items,
@@ -151,7 +166,7 @@ def run(config: Config, stage: str, out: Path) -> int:
         prefetch=config.data.prefetch,
     )
     checkpoints = Checkpoints(out / "checkpoints", config.train.keep)
-    tokens_before, window_before = 0, []
+    tokens_before, window_before, recent_before = 0, [], []
     latest = checkpoints.latest()
     if latest is not None:
         wanted = abstract(state)
@@ -160,11 +175,12 @@ def run(config: Config, stage: str, out: Path) -> int:
         state = step.owned(state)
         iterator.set_state(saved["iterator"])
         tokens_before, window_before = saved["num_tokens"], saved["window"]
+        recent_before = saved.get("recent", [])
         print(f"continuing from step {latest} of {steps}", flush=True)
     writer = metrics.Writer(out, config, stage, start=latest or 0, steps=steps)
     try:
         state, stopped = loop.fit(
-            programs=step.programs(source.arch, config, stage, transform),
+            programs=step.programs(source.arch, config, stage, transform, len(kinds)),
             mesh=mesh,
             stage=stage,
             config=config,
@@ -179,6 +195,10 @@ def run(config: Config, stage: str, out: Path) -> int:
             evaluation=evaluation,
             tokens_before=tokens_before,
             window_before=window_before,
+            kind=_kind_numbers(items, kinds),
+            kinds=kinds,
+            mismatches=mismatches,
+            recent_before=recent_before,
         )
     finally:
         writer.close()
@@ -248,20 +268,30 @@ def _shape(config: Config, stage: str, mesh: Mesh) -> Shape:
             f"train.micro_rows={config.train.micro_rows}: must be a multiple of the {shards} "
             "shards that the mesh cuts rows into (mesh.data x mesh.fsdp)"
         )
-    length = pipeline.row_length(config.data, KINDS[stage])
+    length = pipeline.row_length(config.data, row_kind(config, stage))
     layout = config.srpo.layout if stage == "srpo" else "shared"
     return Shape(length, config.train.micro_rows, layout, config.data.row_buckets)
 
 
 def _read_items(config: Config, stage: str, source: Source, shape: Shape, sources):
-    return pipeline.read_items(
+    kind = row_kind(config, stage)
+    items, rejects, total = pipeline.read_items(
         config.data,
         sources,
-        KINDS[stage],
+        kind,
         source.tokenizer,
         layout=shape.layout,
         row_length=shape.row_length,
+        scope=config.srpo.scope if stage == "srpo" else "suffix",
     )
+    wrong = rows.PAIRED if kind == "unpaired" else rows.UNPAIRED
+    if not items and rejects and all(r.reason.startswith(f"{wrong}:") for r in rejects):
+        wants = "prompt, completion, label" if kind == "unpaired" else "prompt, chosen, rejected"
+        raise ValueError(
+            f"srpo.loss={config.srpo.loss} takes rows of {wants}: {rejects[0].where}: "
+            f"{rejects[0].reason}"
+        )
+    return items, rejects, total
 
 
 def _items(config: Config, stage: str, source: Source, shape: Shape, out: Path) -> list[Item]:
@@ -281,6 +311,74 @@ def _items(config: Config, stage: str, source: Source, shape: Shape, out: Path) 
             flush=True,
         )
     return items
+
+
+def row_kind(config: Config, stage: str) -> StageKind:
+    """What rows a stage trains on."""
+    if stage == "rw":
+        return "sft"
+    return "unpaired" if config.srpo.loss == "kto" else "preference"
+
+
+def _stored(config: Config, stage: str) -> bool:
+    """Whether the run takes reference log-probs from the store."""
+    loss, reference = config.srpo.loss, config.srpo.reference
+    return stage == "srpo" and loss not in REFERENCE_FREE and reference == "stored"
+
+
+def _check_noise(config: Config, stage: str, *sets: Sequence[Item]) -> None:
+    """Refuse a noise column that the loss does not read, and a robust loss without any noise."""
+    noisy = [item for items in sets for item in items if item.noise is not None]
+    loss = config.srpo.loss
+    if stage != "srpo":
+        return
+    if noisy and loss not in ("sigmoid", "robust"):
+        raise ValueError(
+            f"srpo.loss={loss} has no label smoothing, and {noisy[0].where} has a noise; use "
+            "sigmoid or robust, or remove the column"
+        )
+    if loss == "robust" and not config.srpo.label_smoothing and not noisy:
+        raise ValueError(
+            "srpo.loss=robust needs srpo.label_smoothing above 0 or rows with a noise; without "
+            "either it is the sigmoid loss"
+        )
+
+
+def _kinds(stage: str, items: Sequence[Item]) -> tuple[str, ...]:
+    """Names of the kinds of pairs that get metrics of their own; none where there is only one."""
+    found = sorted({item.kind for item in items})
+    if stage != "srpo" or len(found) == 1:
+        return ()
+    if len(found) > MOST_KINDS:
+        print(f"{len(found)} kinds of rows: more than {MOST_KINDS} get no metrics of their own")
+        return ()
+    return tuple(found)
+
+
+def _kind_numbers(items: Sequence[Item], kinds: tuple[str, ...]) -> np.ndarray | None:
+    if not kinds:
+        return None
+    return np.array([kinds.index(item.kind) for item in items], np.int32)
+
+
+def _mismatches(
+    source: Source, params, items: Sequence[Item], groups: list[list[int]], shape: Shape
+) -> Mismatches:
+    """KTO's mismatched rows, with their stored reference log-probs where none is resident.
+
+    Which rows meet is a function of the step, so those of all steps are scored before the first.
+    """
+    longest = source.config.data.max_length
+    if source.config.srpo.reference == "resident":
+        return Mismatches(items, shape, longest, None)
+    number: dict[mismatch.Match, int] = {}
+    numbered = [
+        [number.setdefault(match, len(number)) for match in mismatch.matches(group)]
+        for group in groups
+    ]
+    joined = [mismatch.join(items, match, longest) for match in number]
+    logps = _reference(source, params, joined, numbered, shape)
+    return Mismatches(items, shape, longest, dict(zip(number, logps, strict=True)))
 
 
 def _evaluation_items(config: Config, stage: str, source: Source, shape: Shape) -> list[Item]:
@@ -313,7 +411,8 @@ def _announce(config, stage, out, source: Source, params, items, shape: Shape, s
     # Master weights, two moments and the summed gradient; plus activations.
     moments = 2 if config.optimizer.name == "adamw" else 0
     width = jnp.dtype(config.model.param_dtype).itemsize
-    state = count * (width * (1 + moments) + 4) / 2**30
+    copies = 1 + (stage == "srpo" and config.srpo.reference == "resident")
+    state = count * (width * (copies + moments) + 4) / 2**30
     print(
         f"{stage}: {count / 1e6:.1f}M parameters ({config.model.dtype}), {len(items)} rows, "
         f"{tokens * config.train.batch_rows:.0f} tokens per step "
@@ -326,14 +425,14 @@ def _announce(config, stage, out, source: Source, params, items, shape: Shape, s
 
 
 def _reference(source: Source, params, items, groups, shape: Shape) -> np.ndarray:
-    """Reference log-probs of all pairs, float32 [n, 2]: from the store, the missing scored now."""
+    """Reference log-probs of all items, float32 [n, K, G]: stored ones, the missing scored now."""
     config = source.config
     scorer = make_scorer(
         source.arch,
         source.mesh,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
-        branches=2,
+        branches=len(items[0].branches),
     )
     where = config.srpo.reference_cache
     store = reference.ReferenceStore(Path(where) if where else hub.cache_folder() / "reference")

@@ -344,14 +344,9 @@ def test_an_override_given_twice_is_refused():
     ("overrides", "expected"),
     [
         (
-            ["--srpo.loss=ipo", "--srpo.label_smoothing=0.1"],
+            ["--srpo.loss=identity_po", "--srpo.label_smoothing=0.1"],
             "--srpo.label_smoothing=0.1: srpo.label_smoothing=0.1 has no meaning with "
-            "srpo.loss=ipo; set it to 0",
-        ),
-        (
-            ["--srpo.loss=robust"],
-            "--srpo.loss=robust: srpo.loss=robust needs srpo.label_smoothing above 0; at 0 it is "
-            "the sigmoid loss",
+            "srpo.loss=identity_po; leave it at 0.0",
         ),
         (
             ["--data.row_length=100"],
@@ -395,7 +390,7 @@ def test_a_combination_without_meaning_is_refused(overrides: list[str], expected
 
 
 def test_a_wrong_combination_in_a_recipe_names_its_line():
-    path = write("data: {train: x}\nsrpo:\n  loss: ipo\n  label_smoothing: 0.1\n")
+    path = write("data: {train: x}\nsrpo:\n  loss: hinge\n  label_smoothing: 0.1\n")
     assert message(path).startswith("configs/x.yaml:4: srpo.label_smoothing=0.1 has no meaning")
 
 

@@ -103,7 +103,7 @@ def train(case: Case, folder: Path, items: list[Item], steps: int) -> list[dict[
         scorer = scoring.make_scorer(
             arch, mesh, dtype=jnp.float32, remat=config.model.remat, branches=2
         )
-        reference = np.full((len(items), 2), np.nan, np.float32)
+        reference = np.full((len(items), 2, 4), np.nan, np.float32)
         all_groups = groups(case, len(items), steps)
         for i, logp, _ in scoring.score_items(scorer, params, items, all_groups, shape):
             reference[i] = logp

@@ -27,6 +27,9 @@ PAIR_METRICS = SFT_METRICS - {"entropy"} | {
     f"{name}/{what}" for name in ("rewards", "logps") for what in ("chosen", "rejected")
 }
 PAIR_METRICS |= {"rewards/margins", "rewards/accuracies"}
+PAIR_METRICS |= {
+    f"{kind}/{name}" for kind in ("outcome", "process") for name in (*loop.PER_KIND, "pairs")
+}
 LONG = ("--train.steps=10", "--train.save_every=5")
 
 

@@ -161,6 +161,13 @@ def items(kind: str) -> list[Item]:
     return [item(i, 3 + 5 * i, 2 + 9 * (i % 3), 1 + 4 * i, weight=1 + i % 3) for i in range(8)]
 
 
+def segments(sums: np.ndarray) -> np.ndarray:
+    """Sums per item and branch [n, K] as those of its segments [n, K, G]: all in the first."""
+    out = np.zeros((*sums.shape, 4), np.float32)
+    out[..., 0] = sums
+    return out
+
+
 def logps(tree: Any, ids: np.ndarray) -> np.ndarray:
     """log p(ids[t] | ids[:t]) for t > 0, float64 [n - 1], by a plain numpy Llama, one sequence."""
     tree = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)

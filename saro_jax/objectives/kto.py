@@ -9,7 +9,7 @@ from saro_jax.config import SRPOConfig
 def kto(
     ratio: jax.Array, desirable: jax.Array, baseline: jax.Array, config: SRPOConfig
 ) -> jax.Array:
-    """KTO, Ethayarajh et al. 2024 (arXiv 2402.01306), eq. 8; loss of each response.
+    """KTO, Ethayarajh et al. 2024 (arXiv 2402.01306), eq. 7; loss of each response.
 
     desirable: lambda_D (1 - sigmoid(beta (r - z0))); undesirable: lambda_U (1 - sigmoid(beta (z0 -
     r))). ratio r = log pi(y) - log ref(y), summed; baseline z0, a scalar that carries no gradient.
@@ -21,5 +21,5 @@ def kto(
 
 
 def baseline(ratios_sum: jax.Array, count: int) -> jax.Array:
-    """z0 of eq. 8: the mean log-ratio of a step's mismatched responses, at least 0."""
+    """z0 of eq. 7: the mean log-ratio of a step's mismatched responses, at least 0."""
     return jnp.maximum(ratios_sum / count, 0.0)

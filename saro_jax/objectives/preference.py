@@ -54,7 +54,7 @@ def robust(margin: jax.Array, beta: float, label_smoothing: jax.Array | float) -
 
 
 def hinge(margin: jax.Array, beta: float) -> jax.Array:
-    """SLiC, Zhao et al. 2023 (arXiv 2305.10425), eq. 1, on log-ratios: max(0, 1 - beta h)."""
+    """SLiC, Zhao et al. 2023 (arXiv 2305.10425), on log-ratios: max(0, 1 - beta h)."""
     return jax.nn.relu(1 - beta * margin)
 
 
@@ -67,7 +67,7 @@ def identity_po(mean_margin: jax.Array, beta: float) -> jax.Array:
 
 
 def apo_zero(chosen: jax.Array, rejected: jax.Array, beta: float) -> jax.Array:
-    """APO-zero, D'Oosterlinck et al. 2024 (arXiv 2408.06266): the chosen up, the rejected down.
+    """APO-zero, D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 7: chosen up, rejected down.
 
     1 - sigmoid(beta r_w) + sigmoid(beta r_l)
     """
@@ -75,7 +75,7 @@ def apo_zero(chosen: jax.Array, rejected: jax.Array, beta: float) -> jax.Array:
 
 
 def apo_down(chosen: jax.Array, rejected: jax.Array, beta: float) -> jax.Array:
-    """APO-down, D'Oosterlinck et al. 2024 (arXiv 2408.06266): both down, the rejected further.
+    """APO-down, D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 8: both down, rejected more.
 
     sigmoid(beta r_w) + 1 - sigmoid(beta (r_w - r_l))
     """
@@ -109,7 +109,7 @@ def segment_weights(config: SRPOConfig) -> jax.Array:
     """Weight of each segment in a branch's log-ratio, float32 [G].
 
     Parts as in AW-DPO, reasoning and answer. Tokens beyond the shorter branch count alpha in
-    length-desensitised DPO, Liu et al. 2024 (arXiv 2409.06411), eq. 8.
+    length-desensitised DPO, Liu et al. 2024 (arXiv 2409.06411).
     """
     beyond = config.length_alpha if config.length == "desensitised" else 1.0
     parts = jnp.asarray([config.reasoning_weight, config.answer_weight], jnp.float32)

@@ -1,6 +1,7 @@
 """Summed log-probs of packed rows: the one scoring code of training, reference and `score`.
 
-Legend: B rows, T tokens, S scored positions of a row, P item slots of a row, K branches of an item.
+Legend: B rows, T tokens, S scored positions of a row, P item slots of a row, K branches of an item,
+G segments of a branch (objectives/preference.py).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,11 +20,12 @@ from saro_jax.models import decoder
 from saro_jax.models.architecture import Architecture
 from saro_jax.models.attention import Tokens
 from saro_jax.objectives.logprobs import TokenScores, token_scores
+from saro_jax.objectives.preference import SEGMENTS
 from saro_jax.parallel import sharding
 
 
 class Sequences(NamedTuple):
-    """Sums over the scored tokens of each branch of each item of the rows, float32 [B, P, K]."""
+    """Sums over the scored tokens of each branch of each item of the rows, float32 [B, P, K, G]."""
 
     logp: jax.Array
     tokens: jax.Array
@@ -47,14 +49,15 @@ def score_tokens(
 
 
 def sum_sequences(logp_BS: jax.Array, rows: Rows, branches: int) -> Sequences:
-    """Sums per item and branch; empty slots are 0."""
+    """Sums per item, branch and segment; empty slots are 0."""
     P = rows.weight.shape[1]
-    sums = jax.vmap(partial(jax.ops.segment_sum, num_segments=P * branches))
+    sums = jax.vmap(partial(jax.ops.segment_sum, num_segments=P * branches * SEGMENTS))
     valid = rows.valid.astype(jnp.float32)
-    shape = (*rows.weight.shape, branches)
+    shape = (*rows.weight.shape, branches, SEGMENTS)
+    where = rows.sequence * SEGMENTS + rows.part
     return Sequences(
-        sums(logp_BS * valid, rows.sequence).reshape(shape),
-        sums(valid, rows.sequence).reshape(shape),
+        sums(logp_BS * valid, where).reshape(shape),
+        sums(valid, where).reshape(shape),
     )
 
 
@@ -87,7 +90,7 @@ def score_items(
     groups: Iterable[Sequence[int]],
     shape: Shape,
 ) -> Iterable[tuple[int, np.ndarray, np.ndarray]]:
-    """(index, summed log-probs [K], scored tokens [K]) of items[i] for every i in the groups.
+    """(index, log-prob sums [K, G], scored tokens [K, G]) of items[i] for every i in the groups.
 
     Each group is packed by itself: with the groups of the training steps, the rows are the very
     rows that training will see, and in bfloat16 too a reference equals the policy at step 0.
