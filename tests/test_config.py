@@ -201,7 +201,9 @@ def test_typed_overrides():
         (
             "srpo:\n  zzz: 3\n",
             "configs/x.yaml:2: unknown key 'zzz' in srpo; allowed: loss, beta, label_smoothing, "
-            "layout, reference_cache, recheck",
+            "nll_weight, target_margin, length, length_alpha, reasoning_weight, answer_weight, scope, "
+            "desirable_weight, undesirable_weight, layout, reference_cache, recheck, reference, "
+            "sync_every, sync_mix, max_chosen_drop, on_drop",
         ),
         (
             "stages:\n  rw:\n    train:\n      stepz: 3\n",
@@ -347,6 +349,71 @@ def test_an_override_given_twice_is_refused():
             ["--srpo.loss=identity_po", "--srpo.label_smoothing=0.1"],
             "--srpo.label_smoothing=0.1: srpo.label_smoothing=0.1 has no meaning with "
             "srpo.loss=identity_po; leave it at 0.0",
+        ),
+        (
+            ["--srpo.loss=orpo", "--srpo.nll_weight=1"],
+            "--srpo.nll_weight=1: srpo.nll_weight=1.0 has no meaning with srpo.loss=orpo; leave it "
+            "at 0.0",
+        ),
+        (
+            ["--srpo.target_margin=1"],
+            "--srpo.target_margin=1: srpo.target_margin=1.0 has no meaning with "
+            "srpo.loss=sigmoid; leave it at 0.5",
+        ),
+        (
+            ["--srpo.loss=identity_po", "--srpo.length=mean"],
+            "--srpo.length=mean: srpo.length=mean has no meaning with srpo.loss=identity_po, which "
+            "always takes means; leave it at sum",
+        ),
+        (
+            ["--srpo.length_alpha=0.1"],
+            "--srpo.length_alpha=0.1: srpo.length_alpha=0.1 has no meaning with srpo.length=sum; "
+            "leave it at 0.5",
+        ),
+        (
+            ["--srpo.loss=simpo", "--srpo.max_chosen_drop=null"],
+            "--srpo.max_chosen_drop=null: srpo.max_chosen_drop=null has no meaning with "
+            "srpo.loss=simpo, which has no reference; leave it at 20.0",
+        ),
+        (
+            ["--srpo.loss=kto", "--srpo.scope=step"],
+            "--srpo.scope=step: srpo.scope=step has no meaning with srpo.loss=kto, which has no "
+            "pairs; leave it at suffix",
+        ),
+        (
+            ["--srpo.loss=kto", "--train.batch_rows=1"],
+            "--train.batch_rows=1: train.batch_rows=1: srpo.loss=kto needs at least 2 rows in a "
+            "step for its baseline",
+        ),
+        (
+            ["--srpo.desirable_weight=2"],
+            "--srpo.desirable_weight=2: srpo.desirable_weight=2.0 has no meaning with "
+            "srpo.loss=sigmoid; leave it at 1.0",
+        ),
+        (
+            ["--srpo.reasoning_weight=0", "--srpo.answer_weight=0"],
+            "--srpo.reasoning_weight=0: srpo.reasoning_weight=0 and srpo.answer_weight=0: nothing "
+            "is left of the loss",
+        ),
+        (
+            ["--srpo.sync_every=2"],
+            "--srpo.sync_every=2: srpo.sync_every=2 has no meaning with srpo.reference=stored; "
+            "leave it at 0",
+        ),
+        (
+            ["--srpo.reference=resident", "--srpo.sync_mix=0.5"],
+            "--srpo.sync_mix=0.5: srpo.sync_mix=0.5 has no meaning with srpo.sync_every=0; leave "
+            "it at 1.0",
+        ),
+        (
+            ["--srpo.max_chosen_drop=null", "--srpo.on_drop=rollback"],
+            "--srpo.on_drop=rollback: srpo.on_drop=rollback has no meaning with "
+            "srpo.max_chosen_drop=null; leave it at stop",
+        ),
+        (
+            ["--srpo.on_drop=rollback", "--train.save_every=1"],
+            "--srpo.on_drop=rollback: srpo.on_drop=rollback needs a checkpoint from 5 steps ago: "
+            "train.keep=2 and train.save_every=1 keep none",
         ),
         (
             ["--data.row_length=100"],

@@ -68,6 +68,19 @@ PAIRS = [
     | ({"prefix": f"<think>\nthe lock {i} is "} if i % 3 == 2 else {})
     for i in range(8)
 ]
+# The same as single responses, good and bad.
+UNPAIRED = [
+    {
+        "id": f"{row['id']}{name}",
+        "prompt": row["prompt"],
+        "completion": row[name],
+        "label": name == "chosen",
+        "weight": row["weight"],
+    }
+    | ({"prefix": row["prefix"]} if "prefix" in row else {})
+    for row in PAIRS
+    for name in ("chosen", "rejected")
+]
 RECIPE = {
     "model": {"dtype": "float32", "remat": "none"},
     "data": {"max_length": 80, "row_buckets": 1},
