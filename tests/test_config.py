@@ -201,9 +201,9 @@ def test_typed_overrides():
         (
             "srpo:\n  zzz: 3\n",
             "configs/x.yaml:2: unknown key 'zzz' in srpo; allowed: loss, beta, label_smoothing, "
-            "nll_weight, target_margin, length, length_alpha, reasoning_weight, answer_weight, scope, "
-            "desirable_weight, undesirable_weight, layout, reference_cache, recheck, reference, "
-            "sync_every, sync_mix, max_chosen_drop, on_drop",
+            "nll_weight, target_margin, length, length_alpha, reasoning_weight, answer_weight, "
+            "scope, desirable_weight, undesirable_weight, layout, reference_cache, recheck, "
+            "reference, sync_every, sync_mix, max_chosen_drop, on_drop",
         ),
         (
             "stages:\n  rw:\n    train:\n      stepz: 3\n",
@@ -286,7 +286,7 @@ def test_a_wrong_recipe_is_refused_with_its_line(text: str, expected: str):
 
 
 def test_both_stages_are_checked_whichever_runs():
-    path = write("data: {train: x}\nstages:\n  srpo:\n    srpo:\n      loss: hinge\n")
+    path = write("data: {train: x}\nstages:\n  srpo:\n    srpo:\n      loss: ipo\n")
     assert message(path, stage="rw").startswith("configs/x.yaml:5: stages.srpo.srpo.loss: expected")
 
 
