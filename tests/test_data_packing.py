@@ -74,6 +74,9 @@ def test_all_blocks_have_one_shape_and_empty_places_are_zero(layout):
             np.int32,
             np.int32,
             np.float32,
+            np.int32,
+            np.float32,
+            np.float32,
         ]
         empty = block.segment == 0
         for x in (block.tokens, block.branch, block.position):

@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from saro_jax.data.rows import PreferenceRow, Reject, SFTRow, UnpairedRow
-from saro_jax.data.tokenise import RowError, item_key_parts, tokenise, tokenise_row
+from saro_jax.data.tokenise import Branch, RowError, item_key_parts, tokenise, tokenise_row
 from saro_jax.text import chat
 from saro_jax.text.chat import Message
 
@@ -320,8 +321,8 @@ ASKED = (Message("user", "Call exit(1)?"),)
 
 
 def continued(prefix, chosen, rejected, scope):
-    turns = ((Message("assistant", text),) for text in (chosen, rejected))
-    row = PreferenceRow("i", "f:1", "k", 1.0, ASKED, prefix, *turns)
+    a, b = ((Message("assistant", text),) for text in (chosen, rejected))
+    row = PreferenceRow("i", "f:1", "k", 1.0, ASKED, prefix, a, b)
     tokenizer = byte_level()
     item = tokenise_row(row, tokenizer, 400, scope=scope)
     return item, [tokenizer.decode(b.ids[b.scored]) for b in item.branches]
@@ -354,25 +355,30 @@ def test_a_step_that_is_cut_away_is_rejected():
     item, found = continued("", "Same.\n\n", "Same.\n\nmore", "step")
     assert found[0].endswith("<|im_end|>") and found[1] == "more<|im_end|>"
     room = len(item.prefix) + int(np.flatnonzero(item.branches[1].scored)[0])
-    turns = ((Message("assistant", text),) for text in ("Same.\n\nless", "Same.\n\nmore"))
-    row = PreferenceRow("i", "f:1", "k", 1.0, ASKED, "", *turns)
+    a, b = ((Message("assistant", text),) for text in ("Same.\n\nless", "Same.\n\nmore"))
+    row = PreferenceRow("i", "f:1", "k", 1.0, ASKED, "", a, b)
     _, rejects = tokenise([row], byte_level(), room, scope="step")
     assert [reject.reason.split(":")[0] for reject in rejects] == ["nothing to score"]
+
+
+def part(branch: Branch) -> np.ndarray:
+    assert branch.reasoning is not None
+    return branch.reasoning
 
 
 def test_parts_end_with_the_closing_tag():
     tokenizer = byte_level()
     item, _ = continued("<think>\nOne. ", "Two.\n</think>\n\nNo.", "</think>Yes.", "suffix")
-    texts = [
-        [tokenizer.decode(b.ids[mask]) for mask in (b.reasoning, ~b.reasoning)]
+    texts: list[list[Any]] = [
+        [tokenizer.decode(b.ids[part(b) == inside]) for inside in (True, False)]
         for b in item.branches
     ]
     assert texts[0][0].rstrip().endswith("</think>") and "</think>" not in texts[0][1]
     assert texts[1] == ["</think>", "Yes.<|im_end|>"] or texts[1][0].startswith("</think>")
     plain, _ = continued("", "No.", "Yes.", "suffix")
-    assert not any(b.reasoning.any() for b in plain.branches)
+    assert not any(part(b).any() for b in plain.branches)
     unclosed, _ = continued("<think>\nOne. ", "Two.", "Three.", "suffix")
-    assert all(b.reasoning.all() for b in unclosed.branches)
+    assert all(part(b).all() for b in unclosed.branches)
 
 
 def test_an_unpaired_row_is_one_branch_of_a_pair():

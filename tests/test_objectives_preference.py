@@ -275,7 +275,8 @@ def segmented(**settings) -> float:
     zeros = jnp.zeros((1, 4), jnp.float32)
     tokens = jnp.asarray([[2.0, 0, 3.0, 0]]), jnp.asarray([[1.0, 2, 4.0, 3]])
     both = (jnp.asarray([row]) for row in (CHOSEN, REJECTED))
-    one = Pairs(*both, zeros, zeros, *tokens, noise=jnp.zeros(1))
+    chosen, rejected = both
+    one = Pairs(chosen, rejected, zeros, zeros, *tokens, noise=jnp.zeros(1))
     return float(preference.losses(one, SRPOConfig.model_validate(settings | {"beta": 1.0}))[0])
 
 

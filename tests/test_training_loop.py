@@ -24,7 +24,7 @@ def test_kinds_have_their_own_means():
     first = block(**{"rewards/margins": np.array([[3.0, 2], [1.0, 1], [2.0, 1]])})
     second = block(**{"rewards/margins": np.array([[6.0, 1], [0.0, 0], [6.0, 1]])})
     for one in (first, second):
-        one["logps/chosen"] = one["rewards/margins"] * [-1, 1]
+        one["logps/chosen"] = np.asarray(one["rewards/margins"]) * [-1, 1]
     found = loop.summarise("srpo", [first, second], ("a", "b"))
     assert found == {
         "loss": 1.0,

@@ -7,7 +7,7 @@ from saro_jax.config import SRPOConfig
 
 
 def kto(
-    ratio: jax.Array, desirable: jax.Array, baseline: jax.Array, config: SRPOConfig
+    ratio: jax.Array, desirable: jax.Array, baseline: jax.Array | float, config: SRPOConfig
 ) -> jax.Array:
     """KTO, Ethayarajh et al. 2024 (arXiv 2402.01306), eq. 7; loss of each response.
 
