@@ -32,6 +32,19 @@ from pydantic.fields import FieldInfo
 import saro_jax
 
 Stage = Literal["rw", "srpo"]
+PreferenceLoss = Literal[
+    "sigmoid",
+    "robust",
+    "hinge",
+    "identity_po",
+    "apo_zero",
+    "apo_down",
+    "simpo",
+    "orpo",
+    "kto",
+]
+# Steps over which the fall of the chosen log-probs is averaged (srpo.max_chosen_drop).
+DROP_WINDOW = 5
 STAGES: tuple[str, ...] = get_args(Stage)
 
 
@@ -185,18 +198,61 @@ class OptimizerConfig(Section):
 class SRPOConfig(Section):
     """Preference optimisation; the rw stage does not read it."""
 
-    loss: Literal["sigmoid", "robust", "ipo"] = Field(
+    loss: PreferenceLoss = Field(
         default="sigmoid",
-        description="sigmoid = DPO (conservative DPO with srpo.label_smoothing), robust = "
-        "unbiased under flipped labels, ipo = identity preference optimisation",
+        description="sigmoid = DPO (conservative DPO with srpo.label_smoothing), robust = unbiased "
+        "under flipped labels, hinge = SLiC, identity_po = IPO, apo_zero and apo_down = anchored, "
+        "simpo and orpo = without a reference, kto = rows of prompt, completion, label",
     )
     beta: float = Field(
         default=0.1,
         gt=0,
-        description="strength of the tie to the reference policy (1/nat)",
+        description="strength of the tie to the reference policy (1/nat); for orpo the weight of "
+        "the odds ratio",
     )
     label_smoothing: float = Field(
-        default=0.0, ge=0, lt=0.5, description="assumed share (0 to 0.5) of flipped preferences"
+        default=0.0,
+        ge=0,
+        lt=0.5,
+        description="assumed share (0 to 0.5) of flipped preferences; a row's own noise replaces "
+        "it",
+    )
+    nll_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the chosen branch's mean negative log-likelihood, added to a "
+        "pairwise loss (RPO)",
+    )
+    target_margin: float = Field(
+        default=0.5, ge=0, description="simpo's margin that a pair has to reach"
+    )
+    length: Literal["sum", "mean", "desensitised"] = Field(
+        default="sum",
+        description="log-ratio of a branch: sum over its tokens, mean over them, or desensitised = "
+        "sum in which tokens past the shorter branch's length count srpo.length_alpha",
+    )
+    length_alpha: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="weight (0 to 1) of tokens past the shorter branch's length",
+    )
+    reasoning_weight: float = Field(
+        default=1.0, ge=0, description="weight of the log-ratio of the tokens through </think>"
+    )
+    answer_weight: float = Field(
+        default=1.0, ge=0, description="weight of the log-ratio of the tokens after </think>"
+    )
+    scope: Literal["suffix", "step"] = Field(
+        default="suffix",
+        description="what of a branch is scored: suffix = all of it, step = the first reasoning "
+        "step in which the two branches differ",
+    )
+    desirable_weight: float = Field(
+        default=1.0, ge=0, description="weight of kto's rows with label true"
+    )
+    undesirable_weight: float = Field(
+        default=1.0, ge=0, description="weight of kto's rows with label false"
     )
     layout: Literal["shared", "separate"] = Field(
         default="shared",
@@ -209,6 +265,34 @@ class SRPOConfig(Section):
     )
     recheck: int = Field(
         default=4, ge=0, description="cached pairs whose reference log-probs are recomputed"
+    )
+    reference: Literal["stored", "resident"] = Field(
+        default="stored",
+        description="stored = reference log-probs are computed once and kept on disk, resident = "
+        "the reference policy stays in memory and scores every step",
+    )
+    sync_every: int = Field(
+        default=0,
+        ge=0,
+        description="optimizer steps between updates of a resident reference towards the policy "
+        "(TR-DPO); 0 = never",
+    )
+    sync_mix: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share (0 to 1) of the policy in an updated reference; 1 = a copy of it",
+    )
+    max_chosen_drop: float | None = Field(
+        default=20.0,
+        gt=0,
+        description="mean fall of the chosen log-probs below the reference (nats), with growing "
+        "margins, that ends the run; null = never",
+    )
+    on_drop: Literal["stop", "rollback"] = Field(
+        default="stop",
+        description="what srpo.max_chosen_drop does: stop = end with an error, rollback = export "
+        "the last checkpoint from before the fall",
     )
 
 
@@ -278,15 +362,7 @@ class Config(Section):
                     f"optimizer.{key}={value} has no meaning with optimizer.name=sgd; leave it at "
                     f"{default}"
                 )
-        if srpo.label_smoothing and srpo.loss == "ipo":
-            raise ValueError(
-                f"srpo.label_smoothing={srpo.label_smoothing} has no meaning with srpo.loss=ipo; "
-                "set it to 0"
-            )
-        if srpo.loss == "robust" and not srpo.label_smoothing:
-            raise ValueError(
-                "srpo.loss=robust needs srpo.label_smoothing above 0; at 0 it is the sigmoid loss"
-            )
+        _check_srpo(srpo, train)
         for axis, size in self.mesh:
             if size == 0:
                 raise ValueError(f"mesh.{axis}=0: expected at least 1 device, or -1 for the rest")
@@ -296,6 +372,62 @@ class Config(Section):
                 f"mesh.{rest[0]}=-1 and mesh.{rest[1]}=-1: only one axis can take the rest"
             )
         return self
+
+
+def _check_srpo(srpo: SRPOConfig, train: TrainConfig) -> None:
+    """Refuse, in one line, settings that the loss does not read or that exclude each other."""
+    loss, default = srpo.loss, SRPOConfig.model_fields
+
+    def refuse(why: str, *keys: str) -> None:
+        for key in keys:
+            value, usual = getattr(srpo, key), default[key].default
+            if value != usual:
+                text = "null" if value is None else value
+                raise ValueError(
+                    f"srpo.{key}={text} has no meaning with {why}; leave it at {usual}"
+                )
+
+    if loss not in ("sigmoid", "robust"):
+        refuse(f"srpo.loss={loss}", "label_smoothing")
+    if loss in ("orpo", "kto"):  # orpo has that term already
+        refuse(f"srpo.loss={loss}", "nll_weight")
+    if loss != "simpo":
+        refuse(f"srpo.loss={loss}", "target_margin")
+    if loss in ("identity_po", "simpo", "orpo"):
+        refuse(f"srpo.loss={loss}, which always takes means", "length")
+    if srpo.length != "desensitised":
+        refuse(f"srpo.length={srpo.length}", "length_alpha")
+    if loss in ("simpo", "orpo"):
+        refuse(
+            f"srpo.loss={loss}, which has no reference",
+            *("reasoning_weight", "answer_weight", "reference", "max_chosen_drop", "on_drop"),
+        )
+    if loss == "kto":
+        pairwise = ("length", "reasoning_weight", "answer_weight", "scope", "layout")
+        refuse("srpo.loss=kto, which has no pairs", *pairwise)
+        if train.batch_rows < 2:
+            raise ValueError(
+                "train.batch_rows=1: srpo.loss=kto needs at least 2 rows in a step for its baseline"
+            )
+    else:
+        refuse(f"srpo.loss={loss}", "desirable_weight", "undesirable_weight")
+    for one, other in (
+        ("reasoning_weight", "answer_weight"),
+        ("desirable_weight", "undesirable_weight"),
+    ):
+        if getattr(srpo, one) == getattr(srpo, other) == 0:
+            raise ValueError(f"srpo.{one}=0 and srpo.{other}=0: nothing is left of the loss")
+    if srpo.reference != "resident":
+        refuse(f"srpo.reference={srpo.reference}", "sync_every")
+    if not srpo.sync_every:
+        refuse("srpo.sync_every=0", "sync_mix")
+    if srpo.max_chosen_drop is None:
+        refuse("srpo.max_chosen_drop=null", "on_drop")
+    if srpo.on_drop == "rollback" and (train.keep - 1) * train.save_every < DROP_WINDOW:
+        raise ValueError(
+            f"srpo.on_drop=rollback needs a checkpoint from {DROP_WINDOW} steps ago: "
+            f"train.keep={train.keep} and train.save_every={train.save_every} keep none"
+        )
 
 
 # ---- loading -------------------------------------------------------------------------------------

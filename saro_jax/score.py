@@ -20,7 +20,7 @@ from tqdm import tqdm
 from saro_jax import config as configuration
 from saro_jax.config import Config, Flag
 from saro_jax.data import pipeline, rows
-from saro_jax.data.packing import laid_out_length
+from saro_jax.data.packing import Shape, arrange, laid_out_length
 from saro_jax.models import decoder, hub, huggingface
 from saro_jax.parallel import mesh as meshes
 from saro_jax.parallel import sharding
@@ -81,6 +81,7 @@ def score(config: Config, kind: rows.StageKind, out: Path, *, whole: bool = Fals
         tokenizer,
         layout=layout,
         row_length=row_length,
+        scope=config.srpo.scope,
     )
     if rejects:
         rows.write_rejects(out.with_name(f"{out.name}.rejects.jsonl"), rejects)
@@ -95,12 +96,16 @@ def score(config: Config, kind: rows.StageKind, out: Path, *, whole: bool = Fals
     places = sharding.shardings(mesh, decoder.abstract_params(arch, dtype))
     params = huggingface.load_params(folder, arch, dtype, places)
     scorer = make_scorer(arch, mesh, dtype=dtype, remat="none", branches=branches)
-    groups = [range(i, min(i + GROUP, len(items))) for i in range(0, len(items), GROUP)]
     micro_rows = max(config.train.micro_rows, meshes.row_shards(mesh))
     results = {}
-    shape = pipeline.Shape(row_length, micro_rows, layout, config.data.row_buckets)
+    shape = Shape(row_length, micro_rows, layout, config.data.row_buckets)
+    groups = [
+        arrange(items, range(i, min(i + GROUP, len(items))), shape)
+        for i in range(0, len(items), GROUP)
+    ]
     scored = score_items(scorer, params, items, groups, shape)
-    for i, logp, tokens in tqdm(scored, total=len(items), unit="row", disable=None):
+    for i, logps, counts in tqdm(scored, total=len(items), unit="row", disable=None):
+        logp, tokens = logps.sum(-1), counts.sum(-1)
         if kind == "preference":
             results[i] = {
                 "logps/chosen": float(logp[0]),

@@ -31,23 +31,24 @@ from rich.console import Console
 from saro_jax import config as configuration
 from saro_jax.config import Config, Flag
 from saro_jax.data import inspect, pipeline, rows
-from saro_jax.data.packing import laid_out_length, pack
-from saro_jax.data.pipeline import Shape
+from saro_jax.data.packing import Shape, arrange, blocks, laid_out_length
 from saro_jax.data.rows import Reject, StageKind
 from saro_jax.data.tokenise import Item
 from saro_jax.models import decoder, hub, huggingface
 from saro_jax.models.architecture import Architecture
+from saro_jax.objectives.preference import REFERENCE_FREE
 from saro_jax.parallel import mesh as meshes
 from saro_jax.parallel import sharding
 from saro_jax.text import chat
-from saro_jax.training import doctor, loop, metrics, optimizer, reference, step
+from saro_jax.training import doctor, loop, metrics, mismatch, optimizer, reference, step
 from saro_jax.training.checkpoint import Checkpoints, abstract
 from saro_jax.training.finding import Finding, refuse, report
 from saro_jax.training.memory import GIB, device_memory, estimate, parameters
+from saro_jax.training.mismatch import Mismatches
 from saro_jax.training.scoring import make_scorer, score_items
 from saro_jax.training.watch import Watch
 
-KINDS: dict[str, StageKind] = {"rw": "sft", "srpo": "preference"}
+MOST_KINDS = 32  # kinds of pairs that get metrics of their own
 # Largest difference of fp32 logits between the export read by transformers and this model.
 EXPORT_TOLERANCE = 2e-4
 EXAMPLE_TOKENS = 80  # of a stretch of the row that --dry-run shows
@@ -129,6 +130,7 @@ def run(config: Config, stage: str, out: Path) -> int:
         return 0
     prepared = prepare(config, stage)
     _accept(prepared, out)
+    _check_noise(prepared)
     return _train(prepared, out)
 
 
@@ -204,34 +206,44 @@ def _train(prepared: Prepared, out: Path) -> int:
     watch = Watch(out / "doctor.jsonl", config, stage, fresh=fresh)
     watch.say(findings, ("warning", "error"))
     logps = eval_logps = None
-    if stage == "srpo":
-        order = pipeline.order(
-            len(items), config_rows, seed=config.seed, shuffle=config.data.shuffle
-        )
-        epoch = [order[k] for k in range(math.ceil(len(items) / config_rows))]
-        logps = _reference(source, params, items, epoch, shape)
-        if evaluation_items:
-            eval_logps = _reference(
-                source, params, evaluation_items, _groups(evaluation_items, config_rows), shape
-            )
-    evaluation = None
-    if evaluation_items:
-        blocks = _pack_groups(evaluation_items, _groups(evaluation_items, config_rows), shape)
-        evaluation = (blocks, eval_logps)
-
-    transform = optimizer.make(config.optimizer, steps)
-    state = step.init_state(transform, params, mesh)
-    del params
-    iterator = pipeline.steps(
+    logps = eval_logps = mismatches = eval_mismatches = None
+    kinds = _kinds(stage, [*items, *evaluation_items])
+    rows_of = pipeline.plan(
         items,
         batch_rows=config_rows,
         shape=shape,
         seed=config.seed,
         shuffle=config.data.shuffle,
-        prefetch=config.data.prefetch,
+        window=config.data.pack_window,
     )
+    eval_groups = [
+        arrange(evaluation_items, range(i, min(i + config_rows, len(evaluation_items))), shape)
+        for i in range(0, len(evaluation_items), config_rows)
+    ]
+    if _stored(config, stage):
+        epoch = [rows_of(k) for k in range(math.ceil(len(items) / config_rows))]
+        logps = _reference(source, params, items, epoch, shape)
+        if evaluation_items:
+            eval_logps = _reference(source, params, evaluation_items, eval_groups, shape)
+    if row_kind(config, stage) == "unpaired":
+        step_groups = [[i for row in rows_of(k) for i in row] for k in range(steps)]
+        mismatches = _mismatches(source, params, items, step_groups, shape)
+        if evaluation_items:  # its baseline is that of the whole set
+            whole = [list(range(len(evaluation_items)))]
+            eval_mismatches = _mismatches(source, params, evaluation_items, whole, shape)
+    evaluation = None
+    if evaluation_items:
+        packed = [b for rows in eval_groups for b in blocks(evaluation_items, rows, shape)]
+        numbers = _kind_numbers(evaluation_items, kinds)
+        evaluation = loop.Evaluation(packed, eval_logps, numbers, eval_mismatches)
+
+    transform = optimizer.make(config.optimizer, steps)
+    resident = stage == "srpo" and config.srpo.reference == "resident"
+    state = step.init_state(transform, params, mesh, resident=resident)
+    del params
+    iterator = pipeline.steps(items, rows_of, shape, config.data.prefetch)
     checkpoints = Checkpoints(out / "checkpoints", config.train.keep)
-    tokens_before, window_before = 0, []
+    tokens_before, window_before, recent_before = 0, [], []
     latest = checkpoints.latest()
     if latest is not None:
         wanted = abstract(state)
@@ -240,11 +252,12 @@ def _train(prepared: Prepared, out: Path) -> int:
         state = step.owned(state)
         iterator.set_state(saved["iterator"])
         tokens_before, window_before = saved["num_tokens"], saved["window"]
+        recent_before = saved.get("recent", [])
         print(f"continuing from step {latest} of {steps}", flush=True)
     writer = metrics.Writer(out, config, stage, start=latest or 0, steps=steps)
     try:
         state, stopped = loop.fit(
-            programs=step.programs(source.arch, config, stage, transform),
+            programs=step.programs(source.arch, config, stage, transform, len(kinds)),
             mesh=mesh,
             stage=stage,
             config=config,
@@ -260,6 +273,10 @@ def _train(prepared: Prepared, out: Path) -> int:
             evaluation=evaluation,
             tokens_before=tokens_before,
             window_before=window_before,
+            kind=_kind_numbers(items, kinds),
+            kinds=kinds,
+            mismatches=mismatches,
+            recent_before=recent_before,
         )
     finally:
         writer.close()
@@ -329,7 +346,7 @@ def _shape(config: Config, stage: str, mesh: Mesh) -> Shape:
             f"train.micro_rows={config.train.micro_rows}: must be a multiple of the {shards} "
             "shards that the mesh cuts rows into (mesh.data x mesh.fsdp)"
         )
-    length = pipeline.row_length(config.data, KINDS[stage])
+    length = pipeline.row_length(config.data, row_kind(config, stage))
     layout = config.srpo.layout if stage == "srpo" else "shared"
     return Shape(length, config.train.micro_rows, layout, config.data.row_buckets)
 
@@ -337,16 +354,27 @@ def _shape(config: Config, stage: str, mesh: Mesh) -> Shape:
 def _read(config: Config, stage: str, source: Source, shape: Shape, rows_of) -> Read:
     if rows_of is None:
         return Read([], [], 0)
-    return Read(
+    kind = row_kind(config, stage)
+    read = Read(
         *pipeline.read_items(
             config.data,
             rows_of,
-            KINDS[stage],
+            kind,
             source.tokenizer,
             layout=shape.layout,
             row_length=shape.row_length,
+            scope=config.srpo.scope if stage == "srpo" else "suffix",
         )
     )
+    wrong = rows.PAIRED if kind == "unpaired" else rows.UNPAIRED
+    rejects = read.rejects
+    if not read.items and rejects and all(r.reason.startswith(f"{wrong}:") for r in rejects):
+        wants = "prompt, completion, label" if kind == "unpaired" else "prompt, chosen, rejected"
+        raise ValueError(
+            f"srpo.loss={config.srpo.loss} takes rows of {wants}: {rejects[0].where}: "
+            f"{rejects[0].reason}"
+        )
+    return read
 
 
 def _accept(prepared: Prepared, out: Path) -> None:
@@ -365,15 +393,74 @@ def _accept(prepared: Prepared, out: Path) -> None:
         print(f"train.batch_rows={wanted}: only {len(items)} rows, all in each step")
 
 
-def _groups(items: Sequence[Item], size: int) -> list[list[int]]:
-    return [list(range(i, min(i + size, len(items)))) for i in range(0, len(items), size)]
+def row_kind(config: Config, stage: str) -> StageKind:
+    """What rows a stage trains on."""
+    if stage == "rw":
+        return "sft"
+    return "unpaired" if config.srpo.loss == "kto" else "preference"
 
 
-def _pack_groups(items, groups, shape: Shape):
-    blocks = []
-    for group in groups:
-        blocks += pack(items, group, **shape._asdict())
-    return blocks
+def _stored(config: Config, stage: str) -> bool:
+    """Whether the run takes reference log-probs from the store."""
+    loss, reference = config.srpo.loss, config.srpo.reference
+    return stage == "srpo" and loss not in REFERENCE_FREE and reference == "stored"
+
+
+def _check_noise(prepared: Prepared) -> None:
+    """Refuse a noise column that the loss does not read, and a robust loss without any noise."""
+    if prepared.stage != "srpo":
+        return
+    config, items = prepared.config, [*prepared.training.items, *prepared.evaluation.items]
+    noisy = [item for item in items if item.noise is not None]
+    loss = config.srpo.loss
+    if noisy and loss not in ("sigmoid", "robust"):
+        raise ValueError(
+            f"srpo.loss={loss} has no label smoothing, and {noisy[0].where} has a noise; use "
+            "sigmoid or robust, or remove the column"
+        )
+    if loss == "robust" and not config.srpo.label_smoothing and not noisy:
+        raise ValueError(
+            "srpo.loss=robust needs srpo.label_smoothing above 0 or rows with a noise; without "
+            "either it is the sigmoid loss"
+        )
+
+
+def _kinds(stage: str, items: Sequence[Item]) -> tuple[str, ...]:
+    """Names of the kinds of pairs that get metrics of their own; none where there is only one."""
+    found = sorted({item.kind for item in items})
+    if stage != "srpo" or len(found) == 1:
+        return ()
+    if len(found) > MOST_KINDS:
+        print(f"{len(found)} kinds of rows: more than {MOST_KINDS} get no metrics of their own")
+        return ()
+    return tuple(found)
+
+
+def _kind_numbers(items: Sequence[Item], kinds: tuple[str, ...]) -> np.ndarray | None:
+    if not kinds:
+        return None
+    return np.array([kinds.index(item.kind) for item in items], np.int32)
+
+
+def _mismatches(
+    source: Source, params, items: Sequence[Item], groups: list[list[int]], shape: Shape
+) -> Mismatches:
+    """KTO's mismatched rows, with their stored reference log-probs where none is resident.
+
+    Which rows meet is a function of the step, so those of all steps are scored before the first.
+    """
+    longest = source.config.data.max_length
+    if source.config.srpo.reference == "resident":
+        return Mismatches(items, shape, longest, None)
+    number: dict[mismatch.Match, int] = {}
+    numbered = [
+        [number.setdefault(match, len(number)) for match in mismatch.matches(group)]
+        for group in groups
+    ]
+    joined = [mismatch.join(items, match, longest) for match in number]
+    groups_of_rows = [arrange(joined, group, shape) for group in numbered]
+    logps = _reference(source, params, joined, groups_of_rows, shape)
+    return Mismatches(items, shape, longest, dict(zip(number, logps, strict=True)))
 
 
 def _summary(prepared: Prepared) -> str:
@@ -394,14 +481,14 @@ def _summary(prepared: Prepared) -> str:
 
 
 def _reference(source: Source, params, items, groups, shape: Shape) -> np.ndarray:
-    """Reference log-probs of all pairs, float32 [n, 2]: from the store, the missing scored now."""
+    """Reference log-probs of all items, float32 [n, K, G]: stored ones, the missing scored now."""
     config = source.config
     scorer = make_scorer(
         source.arch,
         source.mesh,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
-        branches=2,
+        branches=len(items[0].branches),
     )
     where = config.srpo.reference_cache
     store = reference.ReferenceStore(Path(where) if where else hub.cache_folder() / "reference")
@@ -430,7 +517,7 @@ def _packing(config: Config, items, groups, shape: Shape) -> str:
     """In bfloat16, which rows lie beside which: it moves a log-prob, and step 0 must be exact."""
     if config.model.dtype != "bfloat16":
         return ""
-    order = [[items[int(i)].id for i in group] for group in groups]
+    order = [[[items[i].id for i in row] for row in group] for group in groups]
     return f"{shape} {order}"
 
 

@@ -201,7 +201,9 @@ def test_typed_overrides():
         (
             "srpo:\n  zzz: 3\n",
             "configs/x.yaml:2: unknown key 'zzz' in srpo; allowed: loss, beta, label_smoothing, "
-            "layout, reference_cache, recheck",
+            "nll_weight, target_margin, length, length_alpha, reasoning_weight, answer_weight, "
+            "scope, desirable_weight, undesirable_weight, layout, reference_cache, recheck, "
+            "reference, sync_every, sync_mix, max_chosen_drop, on_drop",
         ),
         (
             "stages:\n  rw:\n    train:\n      stepz: 3\n",
@@ -284,7 +286,7 @@ def test_a_wrong_recipe_is_refused_with_its_line(text: str, expected: str):
 
 
 def test_both_stages_are_checked_whichever_runs():
-    path = write("data: {train: x}\nstages:\n  srpo:\n    srpo:\n      loss: hinge\n")
+    path = write("data: {train: x}\nstages:\n  srpo:\n    srpo:\n      loss: ipo\n")
     assert message(path, stage="rw").startswith("configs/x.yaml:5: stages.srpo.srpo.loss: expected")
 
 
@@ -344,14 +346,74 @@ def test_an_override_given_twice_is_refused():
     ("overrides", "expected"),
     [
         (
-            ["--srpo.loss=ipo", "--srpo.label_smoothing=0.1"],
+            ["--srpo.loss=identity_po", "--srpo.label_smoothing=0.1"],
             "--srpo.label_smoothing=0.1: srpo.label_smoothing=0.1 has no meaning with "
-            "srpo.loss=ipo; set it to 0",
+            "srpo.loss=identity_po; leave it at 0.0",
         ),
         (
-            ["--srpo.loss=robust"],
-            "--srpo.loss=robust: srpo.loss=robust needs srpo.label_smoothing above 0; at 0 it is "
-            "the sigmoid loss",
+            ["--srpo.loss=orpo", "--srpo.nll_weight=1"],
+            "--srpo.nll_weight=1: srpo.nll_weight=1.0 has no meaning with srpo.loss=orpo; leave it "
+            "at 0.0",
+        ),
+        (
+            ["--srpo.target_margin=1"],
+            "--srpo.target_margin=1: srpo.target_margin=1.0 has no meaning with "
+            "srpo.loss=sigmoid; leave it at 0.5",
+        ),
+        (
+            ["--srpo.loss=identity_po", "--srpo.length=mean"],
+            "--srpo.length=mean: srpo.length=mean has no meaning with srpo.loss=identity_po, which "
+            "always takes means; leave it at sum",
+        ),
+        (
+            ["--srpo.length_alpha=0.1"],
+            "--srpo.length_alpha=0.1: srpo.length_alpha=0.1 has no meaning with srpo.length=sum; "
+            "leave it at 0.5",
+        ),
+        (
+            ["--srpo.loss=simpo", "--srpo.max_chosen_drop=null"],
+            "--srpo.max_chosen_drop=null: srpo.max_chosen_drop=null has no meaning with "
+            "srpo.loss=simpo, which has no reference; leave it at 20.0",
+        ),
+        (
+            ["--srpo.loss=kto", "--srpo.scope=step"],
+            "--srpo.scope=step: srpo.scope=step has no meaning with srpo.loss=kto, which has no "
+            "pairs; leave it at suffix",
+        ),
+        (
+            ["--srpo.loss=kto", "--train.batch_rows=1"],
+            "--train.batch_rows=1: train.batch_rows=1: srpo.loss=kto needs at least 2 rows in a "
+            "step for its baseline",
+        ),
+        (
+            ["--srpo.desirable_weight=2"],
+            "--srpo.desirable_weight=2: srpo.desirable_weight=2.0 has no meaning with "
+            "srpo.loss=sigmoid; leave it at 1.0",
+        ),
+        (
+            ["--srpo.reasoning_weight=0", "--srpo.answer_weight=0"],
+            "--srpo.reasoning_weight=0: srpo.reasoning_weight=0 and srpo.answer_weight=0: nothing "
+            "is left of the loss",
+        ),
+        (
+            ["--srpo.sync_every=2"],
+            "--srpo.sync_every=2: srpo.sync_every=2 has no meaning with srpo.reference=stored; "
+            "leave it at 0",
+        ),
+        (
+            ["--srpo.reference=resident", "--srpo.sync_mix=0.5"],
+            "--srpo.sync_mix=0.5: srpo.sync_mix=0.5 has no meaning with srpo.sync_every=0; leave "
+            "it at 1.0",
+        ),
+        (
+            ["--srpo.max_chosen_drop=null", "--srpo.on_drop=rollback"],
+            "--srpo.on_drop=rollback: srpo.on_drop=rollback has no meaning with "
+            "srpo.max_chosen_drop=null; leave it at stop",
+        ),
+        (
+            ["--srpo.on_drop=rollback", "--train.save_every=1"],
+            "--srpo.on_drop=rollback: srpo.on_drop=rollback needs a checkpoint from 5 steps ago: "
+            "train.keep=2 and train.save_every=1 keep none",
         ),
         (
             ["--data.row_length=100"],
@@ -395,7 +457,7 @@ def test_a_combination_without_meaning_is_refused(overrides: list[str], expected
 
 
 def test_a_wrong_combination_in_a_recipe_names_its_line():
-    path = write("data: {train: x}\nsrpo:\n  loss: ipo\n  label_smoothing: 0.1\n")
+    path = write("data: {train: x}\nsrpo:\n  loss: hinge\n  label_smoothing: 0.1\n")
     assert message(path).startswith("configs/x.yaml:4: srpo.label_smoothing=0.1 has no meaning")
 
 

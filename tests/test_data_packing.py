@@ -1,5 +1,7 @@
 """Packed rows: every item once, laid out so that each scored token is predicted by its context."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -63,7 +65,7 @@ def test_every_item_is_there_once_whole_and_in_order(kind, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_all_blocks_have_one_shape_and_empty_places_are_zero(layout):
     blocks = packed(tiny.items("preference"), layout, rows=2)
-    shapes = [(2, 128)] * 8 + [(2, slots(128))] * 2
+    shapes = [(2, 128)] * 8 + [(2, slots(128))] * 2 + [(2, 128)] + [(2, slots(128))] * 2
     assert len(blocks) > 1
     for block in blocks:
         assert [x.shape for x in block] == shapes
@@ -71,6 +73,9 @@ def test_all_blocks_have_one_shape_and_empty_places_are_zero(layout):
             np.bool_,
             np.int32,
             np.int32,
+            np.float32,
+            np.int32,
+            np.float32,
             np.float32,
         ]
         empty = block.segment == 0
@@ -238,3 +243,18 @@ def test_of_several_arrangements_the_one_that_computes_least():
     assert fill(best, shape)[1] <= fill(plain, shape)[1]
     # Rows that came from elsewhere are taken where nothing beats them.
     assert packing.arrange(LONG, indices, shape, best) == best
+
+
+def test_segments_tell_part_and_length():
+    one = tiny.item(0, 3, 4, 2)
+    reasoning = (np.array([1, 1, 0, 0], bool), np.array([1, 0], bool))
+    branches = [replace(b, reasoning=r) for b, r in zip(one.branches, reasoning, strict=True)]
+    one = replace(one, branches=tuple(branches), noise=0.25, label=False)
+    (block,) = pack([one, tiny.item(1, 3, 4, 2)], [0, 1], row_length=64, rows=1, layout="shared")
+    slot = int(np.flatnonzero(block.item[0] == 0)[0])
+    found = {k: block.part[0][block.valid[0] & (block.sequence[0] == 2 * slot + k)] for k in (0, 1)}
+    # Two tokens are within the shorter branch; 2 = answer, + 1 beyond.
+    assert (found[0].tolist(), found[1].tolist()) == ([0, 0, 3, 3], [0, 2])
+    other = 1 - slot
+    assert (block.noise[0, slot], block.noise[0, other]) == (0.25, -1)
+    assert (block.label[0, slot], block.label[0, other]) == (0, 1)

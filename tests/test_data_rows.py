@@ -375,3 +375,48 @@ def test_real_sets_are_read_whole(name, count):
         pytest.skip(f"needs {name} beside the checkout")
     read_rows, rejects = read(str(path), "sft")
     assert len(read_rows) == count and not rejects
+
+
+# ---- noise and unpaired rows
+
+PAIR = {"prompt": "x", "chosen": "y", "rejected": "z"}
+SINGLE = {"prompt": "x", "completion": "y", "label": True}
+
+
+def test_noise_is_a_share_below_one_half(tmp_path):
+    assert one(tmp_path, PAIR, "preference").noise is None
+    for value in (0, 0.25, "0.25", 0.499):
+        assert one(tmp_path, PAIR | {"noise": value}, "preference").noise == float(value)
+    for value in (0.5, -0.1, True, "much", float("nan"), [0.1]):
+        assert reason(tmp_path, PAIR | {"noise": value}, "preference").startswith("bad noise: ")
+
+
+def test_unpaired_rows(tmp_path):
+    row = one(tmp_path, SINGLE, "unpaired")
+    assert (row.label, row.kind, row.weight, row.prefix, row.noise) == (
+        True,
+        "outcome",
+        1.0,
+        "",
+        None,
+    )
+    assert row.completion[0].content == "y" and row.prompt[0].content == "x"
+    for value, label in ((False, False), ("true", True), ("FALSE", False), (1, True), ("0", False)):
+        assert one(tmp_path, SINGLE | {"label": value}, "unpaired").label is label
+    process = one(tmp_path, SINGLE | {"prefix": "<think>\na", "weight": 2}, "unpaired")
+    assert (process.kind, process.weight, process.prefix) == ("process", 2.0, "<think>\na")
+
+
+@pytest.mark.parametrize(
+    ("record", "kind", "expected"),
+    [
+        (SINGLE | {"label": "maybe"}, "unpaired", "bad label: 'maybe', must be true or false"),
+        (SINGLE | {"label": 2}, "unpaired", "bad label: 2"),
+        ({"prompt": "x", "completion": "y"}, "unpaired", "missing column: 'label'"),
+        (PAIR, "unpaired", "paired row: "),
+        (SINGLE, "preference", "unpaired row: "),
+        (SINGLE | {"completion": ""}, "unpaired", "empty text: completion"),
+    ],
+)
+def test_refused_unpaired_rows(tmp_path, record, kind, expected):
+    assert reason(tmp_path, record, kind).startswith(expected)

@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from saro_jax.data.rows import PreferenceRow, Reject, SFTRow
-from saro_jax.data.tokenise import RowError, item_key_parts, tokenise, tokenise_row
+from saro_jax.data.rows import PreferenceRow, Reject, SFTRow, UnpairedRow
+from saro_jax.data.tokenise import Branch, RowError, item_key_parts, tokenise, tokenise_row
 from saro_jax.text import chat
 from saro_jax.text.chat import Message
 
@@ -312,3 +313,83 @@ def test_real_rows_keep_their_text():
         scored = text_of(branch.ids[branch.scored])
         assert scored == row.completion[0].content + "<|im_end|>"
         assert scored.startswith("<think>") and scored.count("</think>") == 1
+
+
+# ---- scope, parts, unpaired rows
+
+ASKED = (Message("user", "Call exit(1)?"),)
+
+
+def continued(prefix, chosen, rejected, scope):
+    a, b = ((Message("assistant", text),) for text in (chosen, rejected))
+    row = PreferenceRow("i", "f:1", "k", 1.0, ASKED, prefix, a, b)
+    tokenizer = byte_level()
+    item = tokenise_row(row, tokenizer, 400, scope=scope)
+    return item, [tokenizer.decode(b.ids[b.scored]) for b in item.branches]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "chosen", "rejected", "expected"),
+    [
+        ("<think>\nOne.\n\n", "Wait.\n\nNo.\n</think>\nNo.", "On\n\nYes", ("Wait.\n\n", "On\n\n")),
+        ("<think>\n", "a b c\n</think>\n\nNo.", "yes", ("a b c\n</think>", "yes<|im_end|>")),
+        ("", "<think>\nA.\n\nWait.\n\nx", "<think>\nA.\n\nYes.", ("Wait.\n\n", "Yes.<|im_end|>")),
+        ("", "No.", "Yes.", ("No.<|im_end|>", "Yes.<|im_end|>")),
+    ],
+)  # fmt: skip
+def test_a_step_is_the_first_that_differs(prefix, chosen, rejected, expected):
+    item, found = continued(prefix, chosen, rejected, "step")
+    whole, _ = continued(prefix, chosen, rejected, "suffix")
+    # A token belongs to the step in which it begins: one may reach into the next.
+    for text, step in zip(found, expected, strict=True):
+        assert text.startswith(step.rstrip()) or step.startswith(text)
+    for a, b in zip(item.branches, whole.branches, strict=True):
+        np.testing.assert_array_equal(a.ids, b.ids)
+        assert not (a.scored & ~b.scored).any() and a.scored.any()
+    np.testing.assert_array_equal(item.prefix, whole.prefix)
+    assert item_key_parts(item) != item_key_parts(whole) or expected[0].startswith("No.")
+
+
+def test_a_step_that_is_cut_away_is_rejected():
+    # The one ends where the other goes on: its step is the end of the turn.
+    item, found = continued("", "Same.\n\n", "Same.\n\nmore", "step")
+    assert found[0].endswith("<|im_end|>") and found[1] == "more<|im_end|>"
+    room = len(item.prefix) + int(np.flatnonzero(item.branches[1].scored)[0])
+    a, b = ((Message("assistant", text),) for text in ("Same.\n\nless", "Same.\n\nmore"))
+    row = PreferenceRow("i", "f:1", "k", 1.0, ASKED, "", a, b)
+    _, rejects = tokenise([row], byte_level(), room, scope="step")
+    assert [reject.reason.split(":")[0] for reject in rejects] == ["nothing to score"]
+
+
+def part(branch: Branch) -> np.ndarray:
+    assert branch.reasoning is not None
+    return branch.reasoning
+
+
+def test_parts_end_with_the_closing_tag():
+    tokenizer = byte_level()
+    item, _ = continued("<think>\nOne. ", "Two.\n</think>\n\nNo.", "</think>Yes.", "suffix")
+    texts: list[list[Any]] = [
+        [tokenizer.decode(b.ids[part(b) == inside]) for inside in (True, False)]
+        for b in item.branches
+    ]
+    assert texts[0][0].rstrip().endswith("</think>") and "</think>" not in texts[0][1]
+    assert texts[1] == ["</think>", "Yes.<|im_end|>"] or texts[1][0].startswith("</think>")
+    plain, _ = continued("", "No.", "Yes.", "suffix")
+    assert not any(part(b).any() for b in plain.branches)
+    unclosed, _ = continued("<think>\nOne. ", "Two.", "Three.", "suffix")
+    assert all(part(b).all() for b in unclosed.branches)
+
+
+def test_an_unpaired_row_is_one_branch_of_a_pair():
+    tokenizer = byte_level()
+    for prefix, said in (("", "No, thanks."), ("<think>\nOne.", " Two.</think>No.")):
+        pair, _ = continued(prefix, said, "Something else", "suffix")
+        turns = (Message("assistant", said),)
+        row = UnpairedRow("i", "f:1", "k", 1.0, ASKED, prefix, turns, False)
+        item = tokenise_row(row, tokenizer, 400)
+        (branch,) = item.branches
+        assert not item.label and pair.label
+        ids = np.concatenate([item.prefix, branch.ids])
+        np.testing.assert_array_equal(ids, np.concatenate([pair.prefix, pair.branches[0].ids]))
+        assert branch.scored.all() and branch.scored[-1]

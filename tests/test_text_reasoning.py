@@ -4,7 +4,16 @@ import itertools
 
 import pytest
 
-from saro_jax.text.reasoning import CLOSE, OPEN, STATUSES, decision, parse
+from saro_jax.text.reasoning import (
+    CLOSE,
+    OPEN,
+    STATUSES,
+    TAGS,
+    decision,
+    parse,
+    spans,
+    steps,
+)
 
 # (text, options, status, reasoning, answer)
 TABLE = [
@@ -83,3 +92,34 @@ def test_any_order_of_tags_keeps_each_word_once(finished: bool, prefilled_open: 
 )
 def test_decision(reasoning: str, mode: str | None):
     assert decision(reasoning) == mode
+
+
+@pytest.mark.parametrize("text", [row[0] for row in TABLE if not row[1]])
+def test_spans_hold_the_reasoning_that_parse_finds(text):
+    inside = "\n".join(text[first:last] for first, last in spans(text))
+    words = [part.strip() for part in TAGS.sub("\n", inside).split("\n") if part.strip()]
+    assert words == [part for part in parse(text).reasoning.split("\n") if part]
+    for first, last in spans(text):
+        assert text[first:last].endswith(CLOSE) or last == len(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a\n\nb", ["a\n\n", "b"]),
+        ("\n\na\n \n\nb\n", ["\n\na\n \n\n", "b\n"]),
+        ("a\nb</think>\n\nc", ["a\nb</think>", "\n\nc"]),
+        ("</think>\nc", ["</think>", "\nc"]),
+        ("<think>a\n\nb\n</think>\n\nc\n\nd", ["<think>a\n\n", "b\n</think>", "\n\nc\n\n", "d"]),
+        ("a\n\n", ["a\n\n"]),
+        (" ", [" "]),
+        ("", []),
+    ],
+)  # fmt: skip
+def test_steps_are_paragraphs_and_join_to_the_text(text, expected):
+    assert steps(text) == expected
+
+
+def test_steps_of_any_text_join_to_it():
+    for parts in itertools.product(["\n", " ", "a", CLOSE, OPEN, "\n\n"], repeat=4):
+        assert "".join(steps("".join(parts))) == "".join(parts)

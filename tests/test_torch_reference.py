@@ -98,13 +98,14 @@ def train(case: Case, folder: Path, items: list[Item], steps: int) -> list[dict[
     places = sharding.shardings(mesh, step.abstract_params(arch, jnp.float32))
     params = huggingface.load_params(folder, arch, jnp.float32, places)
     shape = pipeline.Shape(case.row_length, case.micro_rows, case.layout, case.buckets)
+    rows_of = pipeline.plan(items, batch_rows=BATCH, shape=shape, seed=config.seed)
     reference = None
     if case.stage == "srpo":
         scorer = scoring.make_scorer(
             arch, mesh, dtype=jnp.float32, remat=config.model.remat, branches=2
         )
-        reference = np.full((len(items), 2), np.nan, np.float32)
-        all_groups = groups(case, len(items), steps)
+        reference = np.full((len(items), 2, 4), np.nan, np.float32)
+        all_groups = [rows_of(k) for k in range(steps)]
         for i, logp, _ in scoring.score_items(scorer, params, items, all_groups, shape):
             reference[i] = logp
     transform = optimizer.make(config.optimizer, steps)
@@ -116,7 +117,7 @@ def train(case: Case, folder: Path, items: list[Item], steps: int) -> list[dict[
         stage=case.stage,
         config=config,
         state=step.init_state(transform, params, mesh),
-        iterator=pipeline.steps(items, batch_rows=BATCH, shape=shape, seed=config.seed),
+        iterator=pipeline.steps(items, rows_of, shape),
         items=items,
         reference=reference,
         steps=steps,

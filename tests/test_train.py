@@ -27,6 +27,11 @@ PAIR_METRICS = SFT_METRICS - {"entropy"} | {
     f"{name}/{what}" for name in ("rewards", "logps") for what in ("chosen", "rejected")
 }
 PAIR_METRICS |= {"rewards/margins", "rewards/accuracies"}
+PAIR_METRICS |= {
+    f"{kind}/{name}" for kind in ("outcome", "process") for name in (*loop.PER_KIND, "pairs")
+}
+# A run whose chosen log-probs fall: the anchored loss that lowers both branches.
+FALL = ("--srpo.loss=apo_down", "--train.steps=9", "--train.save_every=1", "--train.keep=7")
 LONG = ("--train.steps=10", "--train.save_every=5")
 
 
@@ -471,6 +476,7 @@ def settings(root: Path) -> dict[str, tuple]:
     data = tiny.folder()
     many = jax.device_count() + 1
     eval_rows = f"--data.eval={data}/sft.jsonl"
+    kto = ("--srpo.loss=kto", f"--data.train={root}/unpaired.jsonl")
     return {
         "model.path": ("rw", f"{root}/other"),
         "model.revision": ("rw", "main"),
@@ -513,9 +519,23 @@ def settings(root: Path) -> dict[str, tuple]:
         "optimizer.b2": ("rw", "0.5", ("--train.steps=3",)),
         "optimizer.eps": ("rw", "0.01"),
         "optimizer.max_grad_norm": ("rw", "0.01", ("--optimizer.name=sgd",)),
-        "srpo.loss": ("srpo", "ipo"),
+        "srpo.loss": ("srpo", "hinge"),
         "srpo.beta": ("srpo", "0.5"),
         "srpo.label_smoothing": ("srpo", "0.1"),
+        "srpo.nll_weight": ("srpo", "0.5"),
+        "srpo.target_margin": ("srpo", "1", ("--srpo.loss=simpo",)),
+        "srpo.length": ("srpo", "mean"),
+        "srpo.length_alpha": ("srpo", "0.1", ("--srpo.length=desensitised",)),
+        "srpo.reasoning_weight": ("srpo", "2"),
+        "srpo.answer_weight": ("srpo", "2"),
+        "srpo.scope": ("srpo", "step", (f"--data.train={root}/steps.jsonl",)),
+        "srpo.desirable_weight": ("srpo", "2", kto),
+        "srpo.undesirable_weight": ("srpo", "2", kto),
+        "srpo.reference": ("srpo", "resident"),
+        "srpo.sync_every": ("srpo", "1", ("--srpo.reference=resident",)),
+        "srpo.sync_mix": ("srpo", "0.5", ("--srpo.reference=resident", "--srpo.sync_every=1")),
+        "srpo.max_chosen_drop": ("srpo", "4.5", FALL),
+        "srpo.on_drop": ("srpo", "rollback", (*FALL, "--srpo.max_chosen_drop=4.5")),
         "srpo.layout": ("srpo", "separate"),
         "srpo.reference_cache": ("srpo", f"{root}/reference"),
         "srpo.recheck": ("srpo", "2"),
@@ -540,13 +560,16 @@ def test_every_setting_changes_something(name, observed, capsys, monkeypatch):
         tiny.write_rows(root / "split" / "train.jsonl", tiny.SFT)
         tiny.write_rows(root / "split" / "test.jsonl", tiny.SFT[4:])
         tiny.write_rows(root / "bad.jsonl", [*tiny.SFT, {"id": "bad"}])
+        tiny.write_rows(root / "unpaired.jsonl", tiny.UNPAIRED)
+        steps = [row | {"chosen": f"{row['chosen']}\n\nmore"} for row in tiny.PAIRS]
+        tiny.write_rows(root / "steps.jsonl", steps)
     see = Observed(root, capsys, monkeypatch)
     see.known, see.count = known, len(known)
     stage, value, *rest = settings(root)[name]
     needs, program = [*rest, (), False][:2] if len(rest) < 2 else rest
     before = see(stage, *needs, program=program)
     after = see(stage, *needs, f"--{name}={value}", program=program)
-    if name == "data.max_reject_share":
+    if name in ("data.max_reject_share", "srpo.on_drop"):
         assert (before["code"], after["code"]) == (2, 0)
     else:
         assert before["code"] == 0, before["error"]

@@ -98,9 +98,8 @@ def test_donating_after_the_save_does_not_change_it(tmp_path):
 
 
 def test_the_state_of_an_iterator_is_json():
-    iterator = pipeline.steps(
-        tiny.items("sft"), batch_rows=2, shape=pipeline.Shape(64, 1, "shared"), seed=0
-    )
+    items, shape = tiny.items("sft"), pipeline.Shape(64, 1, "shared")
+    iterator = pipeline.steps(items, pipeline.plan(items, batch_rows=2, shape=shape, seed=0), shape)
     next(iterator)
     found = iterator_state(iterator)
     assert json.loads(json.dumps(found)) == found

@@ -16,8 +16,7 @@ from saro_jax import config as configuration
 from saro_jax import train
 from saro_jax.config import Config
 from saro_jax.data import pipeline
-from saro_jax.data.packing import pack
-from saro_jax.data.pipeline import Shape
+from saro_jax.data.packing import Shape, pack
 from saro_jax.data.tokenise import Branch, Item
 from saro_jax.parallel import mesh as meshes
 from saro_jax.training import doctor, memory, optimizer, step, watch

@@ -16,6 +16,7 @@ from saro_jax.training import loop, step
 
 ITEMS = {"rw": tiny.items("sft"), "srpo": tiny.items("preference")}
 REFERENCE = np.random.default_rng(2).normal(-50, 5, size=(8, 2)).astype(np.float32)
+SEGMENTS = tiny.segments(REFERENCE)
 BETA = 0.1
 
 
@@ -49,7 +50,7 @@ def accumulated(stage):
         gradient, sums = programs(stage).accumulate(params(), gradient, *block)
         return sums
 
-    reference = REFERENCE if stage == "srpo" else None
+    reference = SEGMENTS if stage == "srpo" else None
     mesh = meshes.make_mesh()
     with jax.set_mesh(mesh):
         sums = loop.run_blocks(mesh, stage, blocks(stage), reference, call)
@@ -104,7 +105,7 @@ def test_the_gradient_is_that_of_the_loss(stage):
         float(jnp.vdot(a, b))
         for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
     )
-    reference = REFERENCE if stage == "srpo" else None
+    reference = SEGMENTS if stage == "srpo" else None
     mesh, ends = meshes.make_mesh(), []
     for sign in (1e-4, -1e-4):
         moved = jax.tree.map(lambda x, d, s=sign: x + s * d, params(), direction)
@@ -117,7 +118,7 @@ def test_the_gradient_is_that_of_the_loss(stage):
 @pytest.mark.parametrize("stage", ["rw", "srpo"])
 def test_evaluation_gives_the_means_of_the_step(stage):
     means, _ = accumulated(stage)
-    reference = REFERENCE if stage == "srpo" else None
+    reference = SEGMENTS if stage == "srpo" else None
     found = loop.evaluate(
         programs(stage), meshes.make_mesh(), stage, params(), blocks(stage), reference
     )
@@ -170,10 +171,10 @@ def test_a_step_without_weight_is_refused():
 
 def test_references_go_to_their_slots_and_empty_slots_are_zero():
     (block, *_) = pack(ITEMS["srpo"], [5, 2], row_length=128, rows=2, layout="shared")
-    found = loop.reference_of(block, REFERENCE)
-    assert found.shape == (*block.item.shape, 2) and found.dtype == np.float32
-    for index, values in zip(block.item.ravel(), found.reshape(-1, 2), strict=True):
-        np.testing.assert_array_equal(values, REFERENCE[index] if index >= 0 else [0, 0])
+    found = loop.reference_of(block, SEGMENTS)
+    assert found.shape == (*block.item.shape, 2, 4) and found.dtype == np.float32
+    for index, values in zip(block.item.ravel(), found.reshape(-1, 2, 4), strict=True):
+        np.testing.assert_array_equal(values, SEGMENTS[index] if index >= 0 else 0)
     assert not loop.reference_of(block, None).any()
 
 

@@ -68,6 +68,19 @@ PAIRS = [
     | ({"prefix": f"<think>\nthe lock {i} is "} if i % 3 == 2 else {})
     for i in range(8)
 ]
+# The same as single responses, good and bad.
+UNPAIRED = [
+    {
+        "id": f"{row['id']}{name}",
+        "prompt": row["prompt"],
+        "completion": row[name],
+        "label": name == "chosen",
+        "weight": row["weight"],
+    }
+    | ({"prefix": row["prefix"]} if "prefix" in row else {})
+    for row in PAIRS
+    for name in ("chosen", "rejected")
+]
 RECIPE = {
     "model": {"dtype": "float32", "remat": "none"},
     "data": {"max_length": 80, "row_buckets": 1},
@@ -159,6 +172,13 @@ def items(kind: str) -> list[Item]:
     if kind == "sft":
         return [item(i, 0, 5 + 7 * i, unscored=2 + i, weight=1 + i % 3) for i in range(8)]
     return [item(i, 3 + 5 * i, 2 + 9 * (i % 3), 1 + 4 * i, weight=1 + i % 3) for i in range(8)]
+
+
+def segments(sums: np.ndarray) -> np.ndarray:
+    """Sums per item and branch [n, K] as those of its segments [n, K, G]: all in the first."""
+    out = np.zeros((*sums.shape, 4), np.float32)
+    out[..., 0] = sums
+    return out
 
 
 def logps(tree: Any, ids: np.ndarray) -> np.ndarray:

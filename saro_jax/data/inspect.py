@@ -90,7 +90,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--model", required=True, help="model folder, .gguf file, hub id or quickstart"
     )
     parser.add_argument("--n", type=int, default=3, help="examples to show (3)")
-    parser.add_argument("--kind", choices=("auto", "sft", "preference"), default="auto")
+    parser.add_argument("--kind", choices=("auto", "sft", "preference", "unpaired"), default="auto")
     parser.add_argument("--max-length", type=int, default=1024, help="as data.max_length (1024)")
     parser.add_argument("--too-long", choices=("truncate", "reject"), default="truncate")
     parser.add_argument("--split", default="train", help="split of a hub id or folder (train)")

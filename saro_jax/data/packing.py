@@ -33,6 +33,9 @@ class Rows(NamedTuple):
     sequence: Array  # int32 [B, S], slot * K + branch that the scored token belongs to
     item: Array  # int32 [B, P], index of the item in each slot, -1 where empty
     weight: Array  # float32 [B, P], 0 where empty
+    part: Array  # int32 [B, S], segment of its branch that a scored token counts to (Piece.part)
+    noise: Array  # float32 [B, P], probability of a flipped pair, -1 where the row does not say
+    label: Array  # float32 [B, P], 1 = desirable (kto)
 
 
 class Piece(NamedTuple):
@@ -47,6 +50,7 @@ class Piece(NamedTuple):
     target: np.ndarray
     sequence: np.ndarray  # branch of each scored token
     weight: float
+    part: np.ndarray  # segment of each scored token, 2 * (answer) + (beyond the shortest branch)
 
 
 def lay_out(item: Item, index: int, layout: str) -> Piece:
@@ -63,7 +67,9 @@ def lay_out(item: Item, index: int, layout: str) -> Piece:
     source: list[np.ndarray] = []
     target: list[np.ndarray] = []
     sequence: list[np.ndarray] = []
+    part: list[np.ndarray] = []
     length = 0
+    shortest = min(int(_counted(item, k).sum()) for k in range(len(item.branches)))
     for k, continuation in enumerate(item.branches):
         n = len(continuation.ids)
         if k < copies:
@@ -80,11 +86,13 @@ def lay_out(item: Item, index: int, layout: str) -> Piece:
         segment.append(np.full(n, k if copies > 1 else 0, np.int32))
         before = np.arange(length - 1, length + n - 1, dtype=np.int32)
         before[0] = start + p - 1  # the end of the prefix, also where another branch lies between
-        counts = continuation.scored.copy()
-        counts[0] &= p > 0
+        counts = _counted(item, k)
         source.append(before[counts])
         target.append(continuation.ids[counts])
         sequence.append(np.full(counts.sum(), k, np.int32))
+        answer = np.ones(n, np.bool_) if continuation.reasoning is None else ~continuation.reasoning
+        beyond = np.arange(counts.sum()) >= shortest
+        part.append(2 * answer[counts].astype(np.int32) + beyond)
         length += n
     return Piece(
         index=index,
@@ -96,7 +104,15 @@ def lay_out(item: Item, index: int, layout: str) -> Piece:
         target=np.concatenate(target),
         sequence=np.concatenate(sequence),
         weight=item.weight,
+        part=np.concatenate(part),
     )
+
+
+def _counted(item: Item, k: int) -> np.ndarray:
+    """The scored tokens of branch k that have a state which predicts them."""
+    counts = item.branches[k].scored.copy()
+    counts[0] &= len(item.prefix) > 0
+    return counts
 
 
 def laid_out_length(item: Item, layout: str) -> int:
@@ -259,6 +275,9 @@ def _block(items, members: list[list[int]], T: int, B: int, P: int, layout: str)
         sequence=np.zeros((B, T), np.int32),
         item=np.full((B, P), -1, np.int32),
         weight=np.zeros((B, P), np.float32),
+        part=np.zeros((B, T), np.int32),
+        noise=np.full((B, P), -1, np.float32),
+        label=np.zeros((B, P), np.float32),
     )
     for b, row in enumerate(members):
         at, scored, segments = 0, 0, 0
@@ -275,6 +294,10 @@ def _block(items, members: list[list[int]], T: int, B: int, P: int, layout: str)
             out.sequence[b, scored : scored + s] = piece.sequence + slot * K
             out.item[b, slot] = index
             out.weight[b, slot] = piece.weight
+            out.part[b, scored : scored + s] = piece.part
+            noise = items[index].noise
+            out.noise[b, slot] = -1 if noise is None else noise
+            out.label[b, slot] = items[index].label
             at, scored, segments = at + n, scored + s, segments + int(piece.segment.max()) + 1
     return out
 

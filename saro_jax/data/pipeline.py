@@ -15,7 +15,7 @@ from saro_jax.config import DataConfig
 from saro_jax.data import rows as rows_file
 from saro_jax.data.packing import Shape, blocks, deal, laid_out_length
 from saro_jax.data.rows import Reject, StageKind
-from saro_jax.data.tokenise import Item, tokenise
+from saro_jax.data.tokenise import Item, Scope, tokenise
 
 
 def row_length(config: DataConfig, kind: StageKind) -> int:
@@ -31,11 +31,14 @@ def read_items(
     *,
     layout: str,
     row_length: int,
+    scope: Scope = "suffix",
 ) -> tuple[list[Item], list[Reject], int]:
     """Items of the rows of `sources` that fit a packed row; rejects; how many rows were read."""
     found, rejects = rows_file.read(sources, kind, config.split)
     total = len(found) + len(rejects)
-    items, more = tokenise(found, tokenizer, config.max_length, config.too_long, config.workers)
+    items, more = tokenise(
+        found, tokenizer, config.max_length, config.too_long, config.workers, scope
+    )
     rejects = rejects + more
     kept = []
     for item in items:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from saro_jax.text.chat import ROLES, Message
 
-StageKind = Literal["sft", "preference"]
+StageKind = Literal["sft", "preference", "unpaired"]
 Turns = tuple[Message, ...]
 
 EXTENSIONS = (".jsonl", ".json", ".parquet", ".csv")
@@ -60,7 +60,8 @@ class PreferenceRow:
 
     `prefix` is the unfinished assistant turn that both continue (empty for outcome pairs); it
     stands before the first text of `chosen` and of `rejected`. Where prompt, chosen and rejected
-    are strings they are raw text, rendered without a chat template.
+    are strings they are raw text, rendered without a chat template. `noise` is the probability that
+    the preference is the wrong way round; None where the row does not say.
     """
 
     id: str
@@ -71,9 +72,30 @@ class PreferenceRow:
     prefix: str
     chosen: Turns | str
     rejected: Turns | str
+    noise: float | None = None
 
 
-Row = SFTRow | PreferenceRow
+@dataclass(frozen=True)
+class UnpairedRow:
+    """One response with a verdict: `label` is whether it is desirable.
+
+    `prefix` is the unfinished assistant turn that `completion` continues, empty for a whole one.
+    """
+
+    id: str
+    where: str
+    kind: str
+    weight: float
+    prompt: Turns
+    prefix: str
+    completion: Turns
+    label: bool
+    noise: float | None = None
+
+
+Row = SFTRow | PreferenceRow | UnpairedRow
+# Reasons of rejects, up to the colon, that mean: rows for another loss.
+PAIRED, UNPAIRED = "paired row", "unpaired row"
 
 
 @dataclass(frozen=True)
@@ -88,7 +110,7 @@ class Reject:
 def read(
     sources: str | Sequence[str], stage_kind: StageKind, split: str = "train"
 ) -> tuple[list[Any], list[Reject]]:
-    """Reads all rows of the sources, in order (SFTRows or PreferenceRows), and the rejects.
+    """Reads all rows of the sources, in order and of one class by stage_kind, and the rejects.
 
     A source is a .jsonl, .json, .parquet or .csv file, a folder of such files (those named after
     the split if there are any, else all but manifests and rejects), "quickstart:NAME" of the
@@ -97,12 +119,13 @@ def read(
 
     SFT rows are recognised by their columns, see SFT_FORMS. Preference rows have `chosen` and
     `rejected`, with `prompt` or sharing their first turns (or first words, then raw text), and may
-    have `prefix`. All may have `id`, `kind` and `weight`; further columns are ignored. Without an
-    id a row gets a hash of its content, numbered where the same content comes again.
+    have `prefix` and `noise`. Unpaired rows have `prompt`, `completion` and `label` (true, false),
+    and may have `prefix`. All may have `id`, `kind` and `weight`; further columns are ignored.
+    Without an id a row gets a hash of its content, numbered where the same content comes again.
 
     Raises ValueError, in one line, for a source that cannot be read or has no rows.
     """
-    parse = _sft_row if stage_kind == "sft" else _preference_row
+    parse = {"sft": _sft_row, "preference": _preference_row, "unpaired": _unpaired_row}[stage_kind]
     rows: list[Any] = []
     rejects: list[Reject] = []
     seen: dict[str, str] = {}
@@ -353,20 +376,46 @@ def _sft_turns(record: dict[str, Any]) -> tuple[Turns, Turns]:
 
 
 def _preference_row(record: dict[str, Any], where: str, row_id: str) -> PreferenceRow:
+    if {"completion", "label"} <= set(record) and not {"chosen", "rejected"} & set(record):
+        raise ValueError(f"{UNPAIRED}: has completion and label, not chosen and rejected")
     for column in ("chosen", "rejected"):
         if column not in record:
             raise ValueError(f"missing column: {column!r}, found {_names(record)}")
-    prefix = record.get("prefix", "")
-    if not isinstance(prefix, str):
-        raise ValueError(f"wrong type: prefix is {type(prefix).__name__}, must be a string")
-    _check_unicode(prefix, "prefix")
+    prefix = _prefix(record)
     prompt, chosen, rejected = _preference_turns(record)
     if isinstance(prompt, str) and prefix:
         raise ValueError("missing column: 'prompt', needed by a row with a prefix")
     if chosen == rejected:
         raise ValueError("chosen equals rejected: nothing to prefer")
     kind = _kind(record, "process" if prefix else "outcome")
-    return PreferenceRow(row_id, where, kind, _weight(record), prompt, prefix, chosen, rejected)
+    weight, noise = _weight(record), _noise(record)
+    return PreferenceRow(row_id, where, kind, weight, prompt, prefix, chosen, rejected, noise)
+
+
+def _unpaired_row(record: dict[str, Any], where: str, row_id: str) -> UnpairedRow:
+    if {"chosen", "rejected"} <= set(record):
+        raise ValueError(f"{PAIRED}: has chosen and rejected, not completion and label")
+    for column in ("prompt", "completion", "label"):
+        if column not in record:
+            raise ValueError(f"missing column: {column!r}, found {_names(record)}")
+    prompt = _turns(record["prompt"], "prompt", "user")
+    completion = _turns(record["completion"], "completion", "assistant")
+    _check_prompt(prompt)
+    if completion[0].role != "assistant" or completion[-1].role != "assistant":
+        outer = f"{completion[0].role} ... {completion[-1].role}"
+        raise ValueError(f"wrong turns: completion is {outer}, must begin and end with assistant")
+    prefix, label = _prefix(record), _label(record)
+    kind = _kind(record, "process" if prefix else "outcome")
+    weight, noise = _weight(record), _noise(record)
+    return UnpairedRow(row_id, where, kind, weight, prompt, prefix, completion, label, noise)
+
+
+def _prefix(record: dict[str, Any]) -> str:
+    prefix = record.get("prefix", "")
+    if not isinstance(prefix, str):
+        raise ValueError(f"wrong type: prefix is {type(prefix).__name__}, must be a string")
+    _check_unicode(prefix, "prefix")
+    return prefix
 
 
 def _preference_turns(
@@ -491,19 +540,47 @@ def _kind(record: dict[str, Any], default: str) -> str:
 
 def _weight(record: dict[str, Any]) -> float:
     value = record.get("weight", 1.0)
-    try:
-        # CSV has strings only.
-        weight = float(value) if isinstance(value, str | int | float) else math.nan
-    except (ValueError, OverflowError):
-        weight = math.nan
-    if isinstance(value, bool) or not math.isfinite(weight) or weight < 0:
+    weight = _number(value)
+    if not math.isfinite(weight) or weight < 0:
         raise ValueError(f"bad weight: {value!r}, must be a finite number of at least 0")
     return weight
+
+
+def _noise(record: dict[str, Any]) -> float | None:
+    value = record.get("noise")
+    if value is None:
+        return None
+    noise = _number(value)
+    if not 0 <= noise < 0.5:
+        raise ValueError(f"bad noise: {value!r}, must be a number from 0 to below 0.5")
+    return noise
+
+
+def _label(record: dict[str, Any]) -> bool:
+    value = record["label"]
+    # CSV has strings only.
+    words = {"true": True, "false": False, "1": True, "0": False}
+    label = words.get(str(value).strip().lower()) if isinstance(value, bool | int | str) else None
+    if label is None:
+        raise ValueError(f"bad label: {value!r}, must be true or false")
+    return label
+
+
+def _number(value: Any) -> float:
+    """A number, NaN for what is none; CSV has strings only."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
 
 
 def _content_hash(row: Row) -> str:
     if isinstance(row, SFTRow):
         parts = ["sft", row.prompt, row.completion]
+    elif isinstance(row, UnpairedRow):
+        parts = ["unpaired", row.prompt, row.prefix, row.completion, str(row.label)]
     else:
         parts = ["preference", row.prompt, row.prefix, row.chosen, row.rejected]
     plain = [

@@ -9,10 +9,11 @@ import grain
 import numpy as np
 from absl import flags
 
-from saro_jax.data.rows import PreferenceRow, Reject, Row, SFTRow, Turns
-from saro_jax.text import chat
+from saro_jax.data.rows import PreferenceRow, Reject, Row, SFTRow, Turns, UnpairedRow
+from saro_jax.text import chat, reasoning
 
 TooLong = Literal["truncate", "reject"]
+Scope = Literal["suffix", "step"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,11 +21,13 @@ class Branch:
     """Tokens that continue an item's prefix: ids int32[n], scored bool[n] (1 = counts in the loss).
 
     truncated is set where the end, with its end-of-turn token, was cut to the maximal length.
+    reasoning bool[n]: 1 = the token begins within the reasoning, `</think>` included; None = none.
     """
 
     ids: np.ndarray
     scored: np.ndarray
     truncated: bool
+    reasoning: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +35,9 @@ class Item:
     """A tokenised row: prefix int32[p], never scored, and its branches.
 
     SFT: no prefix (p = 0), one branch with the whole conversation. Preference: the prefix is what
-    both see, the branches are (chosen, rejected).
+    both see, the branches are (chosen, rejected). Unpaired: the prefix is what the response
+    follows, the one branch the response, which `label` calls desirable or not. noise: probability
+    that a pair is the wrong way round, None where the row does not say.
     """
 
     id: str
@@ -41,6 +46,8 @@ class Item:
     weight: float
     prefix: np.ndarray
     branches: tuple[Branch, ...]
+    noise: float | None = None
+    label: bool = True
 
 
 class RowError(ValueError):
@@ -53,6 +60,7 @@ def tokenise(
     max_length: int,
     too_long: TooLong = "truncate",
     workers: int = 0,
+    scope: Scope = "suffix",
 ) -> tuple[list[Item], list[Reject]]:
     """Tokenises all rows, in order, in `workers` processes or (0) in this one, all the same.
 
@@ -60,7 +68,8 @@ def tokenise(
     Worker processes are spawned: a script that asks for them needs its `__name__` guard.
     """
     chat.end_of_turn(tokenizer)
-    results: Any = grain.MapDataset.source(rows).map(_Tokenise(tokenizer, max_length, too_long))
+    one = _Tokenise(tokenizer, max_length, too_long, scope)
+    results: Any = grain.MapDataset.source(rows).map(one)
     if workers > 0 and len(rows) > 0:
         # Grain's workers read absl flags, which only absl's own main parses.
         if not flags.FLAGS.is_parsed():
@@ -79,7 +88,13 @@ def tokenise(
     return items, rejects
 
 
-def tokenise_row(row: Row, tokenizer: Any, max_length: int, too_long: TooLong = "truncate") -> Item:
+def tokenise_row(
+    row: Row,
+    tokenizer: Any,
+    max_length: int,
+    too_long: TooLong = "truncate",
+    scope: Scope = "suffix",
+) -> Item:
     """The item of a row, whose prefix and any one branch have at most max_length tokens together.
 
     Every text is tokenised once, whole, as one conversation; what follows the last end-of-turn
@@ -87,7 +102,9 @@ def tokenise_row(row: Row, tokenizer: Any, max_length: int, too_long: TooLong = 
     assistant turns. A preference branch is scored from its first token, which is the first that
     holds text past the cut (prompt, header and the row's `prefix`), or an earlier one where the two
     texts part before it because a token crosses the cut. What both answers begin with stays in the
-    branches, scored.
+    branches, scored; with scope "step" only the first step of the continuation in which the two
+    answers differ is scored (a token belongs to the step in which it begins, the end of turn to the
+    last). An unpaired row is scored like one branch of a pair.
 
     A sequence that is too long loses its end, never its prompt or prefix; a row without a scored
     token left raises RowError, and so does one that is too long where too_long is "reject".
@@ -95,15 +112,19 @@ def tokenise_row(row: Row, tokenizer: Any, max_length: int, too_long: TooLong = 
     try:
         if isinstance(row, SFTRow):
             prefix, branches = np.zeros(0, np.int32), (_sft(row, tokenizer),)
+        elif isinstance(row, UnpairedRow):
+            prefix, branches = _unpaired(row, tokenizer)
         else:
-            prefix, branches = _preference(row, tokenizer)
+            prefix, branches = _preference(row, tokenizer, scope)
     except ValueError as error:
         raise RowError(str(error)) from error
     branches = tuple(_fit(branch, len(prefix), max_length, too_long) for branch in branches)
     if len(branches) == 2 and np.array_equal(branches[0].ids, branches[1].ids):
         cut = " after truncation" if branches[0].truncated else ""
         raise RowError(f"chosen equals rejected: the same {len(branches[0].ids)} tokens{cut}")
-    return Item(row.id, row.where, row.kind, row.weight, prefix, branches)
+    noise = None if isinstance(row, SFTRow) else row.noise
+    label = row.label if isinstance(row, UnpairedRow) else True
+    return Item(row.id, row.where, row.kind, row.weight, prefix, branches, noise, label)
 
 
 def item_key_parts(item: Item) -> bytes:
@@ -113,6 +134,8 @@ def item_key_parts(item: Item) -> bytes:
         parts.append(struct.pack("<I", len(branch.ids)))
         parts.append(_ids_bytes(branch.ids))
         parts.append(branch.scored.astype(np.uint8).tobytes())
+        if branch.reasoning is not None:  # decides which of the branch's sums a token goes to
+            parts.append(b"reasoning" + branch.reasoning.astype(np.uint8).tobytes())
     return b"".join(parts)
 
 
@@ -123,10 +146,11 @@ class _Tokenise:
     tokenizer: Any
     max_length: int
     too_long: TooLong
+    scope: Scope
 
     def __call__(self, row: Row) -> Item | Reject:
         try:
-            return tokenise_row(row, self.tokenizer, self.max_length, self.too_long)
+            return tokenise_row(row, self.tokenizer, self.max_length, self.too_long, self.scope)
         except RowError as error:
             return Reject(row.where, row.id, str(error))
 
@@ -136,7 +160,16 @@ def _sft(row: SFTRow, tokenizer: Any) -> Branch:
     return Branch(rendered.ids, rendered.scored, False)
 
 
-def _preference(row: PreferenceRow, tokenizer: Any) -> tuple[np.ndarray, tuple[Branch, Branch]]:
+def _unpaired(row: UnpairedRow, tokenizer: Any) -> tuple[np.ndarray, tuple[Branch]]:
+    rendered = _render(tokenizer, row.prompt, _continued(row.prefix, row.completion))
+    cut = rendered.start + len(row.prefix)
+    start = int(np.searchsorted(rendered.ends, cut, side="right"))
+    return rendered.ids[:start], (_branch(rendered, start, cut),)
+
+
+def _preference(
+    row: PreferenceRow, tokenizer: Any, scope: Scope
+) -> tuple[np.ndarray, tuple[Branch, Branch]]:
     chosen, rejected = (
         _render(tokenizer, row.prompt, _continued(row.prefix, answer))
         for answer in (row.chosen, row.rejected)
@@ -148,14 +181,57 @@ def _preference(row: PreferenceRow, tokenizer: Any) -> tuple[np.ndarray, tuple[B
     start = min(int(np.searchsorted(r.ends, cut, side="right")) for r in (chosen, rejected))
     parted = np.flatnonzero(chosen.ids[:start] != rejected.ids[:start])
     start = int(parted[0]) if len(parted) else start
-    return chosen.ids[:start], (_branch(chosen, start, cut), _branch(rejected, start, cut))
+    a, b = _branch(chosen, start, cut), _branch(rejected, start, cut)
+    if scope == "step":
+        first, *ends = _diverging_step(_first_turn(row.chosen), _first_turn(row.rejected))
+        begin = cut + first if first else 0  # tokens across the cut belong to the first step
+        end_a, end_b = (None if end is None else cut + end for end in ends)
+        a = _only(a, chosen, start, begin, end_a)
+        b = _only(b, rejected, start, begin, end_b)
+    return chosen.ids[:start], (a, b)
 
 
 def _branch(rendered: chat.Rendered, start: int, cut: int) -> Branch:
     scored = rendered.scored[start:].copy()
     # Tokens of the prefix that the two tokenisations do not share are part of the choice.
     scored[: int(np.searchsorted(rendered.ends, cut, side="right")) - start] = True
-    return Branch(rendered.ids[start:], scored, False)
+    # The whole turn counts, with the row's prefix: `<think>` may stand there.
+    inside = np.zeros(len(rendered.ids), np.bool_)
+    starts = np.concatenate([[0], rendered.ends[:-1]])
+    for first, last in reasoning.spans(rendered.text[rendered.start :]):
+        inside |= (starts >= rendered.start + first) & (starts < rendered.start + last)
+    return Branch(rendered.ids[start:], scored, False, inside[start:])
+
+
+def _first_turn(answer: Turns | str) -> str:
+    return answer if isinstance(answer, str) else answer[0].content
+
+
+def _diverging_step(chosen: str, rejected: str) -> tuple[int, int | None, int | None]:
+    """Where the first unequal step of two texts begins, and ends in each; None = with the turn."""
+    steps = reasoning.steps(chosen), reasoning.steps(rejected)
+    equal = 0
+    while equal < min(map(len, steps)) and steps[0][equal] == steps[1][equal]:
+        equal += 1
+    begin = sum(map(len, steps[0][:equal]))
+    ends = [begin + len(s[equal]) if equal + 1 < len(s) else None for s in steps]
+    return begin, ends[0], ends[1]
+
+
+def _only(
+    branch: Branch, rendered: chat.Rendered, start: int, begin: int, end: int | None
+) -> Branch:
+    """The branch with its scored tokens cut to those that begin in [begin, end)."""
+    starts = np.concatenate([[0], rendered.ends[:-1]])[start:]
+    scored = branch.scored & (starts >= begin)
+    if end is None:  # through the end-of-turn token: up to the next token that is given
+        after = np.flatnonzero(~branch.scored & (starts >= begin))
+        scored[after[0] if len(after) else len(scored) :] = False
+    else:
+        scored &= starts < end
+    if not scored.any():
+        raise ValueError("empty step: no token begins in the step in which the answers differ")
+    return replace(branch, scored=scored)
 
 
 def _continued(prefix: str, answer: Turns | str) -> Turns | str:
@@ -181,7 +257,8 @@ def _fit(branch: Branch, prefix_length: int, max_length: int, too_long: TooLong)
         if too_long == "reject":
             raise RowError(f"too long: {length} tokens, data.max_length={max_length}")
         room = max(0, max_length - prefix_length)
-        branch = Branch(branch.ids[:room], branch.scored[:room], True)
+        inside = None if branch.reasoning is None else branch.reasoning[:room]
+        branch = Branch(branch.ids[:room], branch.scored[:room], True, inside)
     if not branch.scored.any():
         raise RowError(f"nothing to score: no answer token within data.max_length={max_length}")
     return branch

@@ -6,6 +6,10 @@ from typing import Literal, get_args
 
 OPEN, CLOSE = "<think>", "</think>"
 TAGS = re.compile(f"({re.escape(OPEN)}|{re.escape(CLOSE)})")
+# A paragraph and the space through its blank line; or its part up to the end of the reasoning.
+STEP = re.compile(
+    rf"\s*(?:{re.escape(CLOSE)}|\S.*?(?:\n[^\S\n]*\n\s*|{re.escape(CLOSE)}|\Z))|\s+\Z", re.DOTALL
+)
 DECISION = re.compile(r"\**decision:\**\s*(\w+)\W*", re.IGNORECASE)
 
 Status = Literal[
@@ -81,6 +85,34 @@ def parse(text: str, *, finished: bool = True, prefilled_open: bool = False) -> 
     elif not finished:
         status = "truncated_answer"
     return Reasoning(reasoning, answer, status)
+
+
+def spans(text: str) -> list[tuple[int, int]]:
+    """Characters (first, after the last) of each reasoning block of a response, tags included.
+
+    As `parse` reads them: a first tag that closes ends a block that the text began in, a block that
+    nothing closes reaches the end.
+    """
+    found: list[tuple[int, int]] = []
+    opened: int | None = None
+    for number, tag in enumerate(TAGS.finditer(text)):
+        if tag.group() == OPEN:
+            opened = tag.start() if opened is None else opened
+        elif opened is not None or number == 0:
+            found.append((opened or 0, tag.end()))
+            opened = None
+    if opened is not None:
+        found.append((opened, len(text)))
+    return found
+
+
+def steps(text: str) -> list[str]:
+    """The steps of a continuation, which joined are the text again.
+
+    A step is a paragraph with the blank line after it, or what `</think>` ends; spaces before it
+    are its own.
+    """
+    return STEP.findall(text)
 
 
 def decision(reasoning: str) -> str | None:

@@ -53,6 +53,17 @@ class Checkpoints:
         )
         return restored[STATE], restored[DATA]
 
+    def rewind(self, step: int) -> int | None:
+        """Remove the checkpoints after `step`; the newest that is left, None where none is."""
+        self._manager.wait_until_finished()
+        kept = [at for at in self.steps() if at <= step]
+        if not kept:
+            return None
+        for at in self.steps():
+            if at > step:
+                self._manager.delete(at)
+        return kept[-1]
+
     def restore_params(self, step: int, shapes: Any, shardings: Any) -> Any:
         """The parameters of a checkpoint alone, without the optimizer state beside them."""
         wanted = jax.tree.map(

@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 
 from saro_jax.config import Config
 from saro_jax.data import pipeline, rows
-from saro_jax.data.packing import pack, real_tokens
-from saro_jax.data.pipeline import Shape
+from saro_jax.data.packing import Shape, blocks, real_tokens
 from saro_jax.data.rows import Reject
 from saro_jax.data.tokenise import Branch, Item
 from saro_jax.models.architecture import Architecture
@@ -545,24 +544,26 @@ def packing(config: Config, items: Sequence[Item], shape: Shape, steps: int) -> 
     """How full the packed rows are, and which shapes are compiled."""
     if not items:
         return []
-    order = pipeline.order(
-        len(items), config.train.batch_rows, seed=config.seed, shuffle=config.data.shuffle
+    rows_of = pipeline.plan(
+        items,
+        batch_rows=config.train.batch_rows,
+        shape=shape,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        window=config.data.pack_window,
     )
     epoch = math.ceil(len(items) / config.train.batch_rows)
     looked = min(steps, epoch, LOOKED_AT)
-    real, computed, shapes, blocks = 0, 0, Counter(), 0
+    real, computed, shapes = 0, 0, Counter()
     for k in range(looked):
-        for block in pack(
-            items, [int(i) for i in np.atleast_1d(np.asarray(order[k]))], **shape._asdict()
-        ):
+        for block in blocks(items, rows_of(k), shape):
             real += real_tokens(block)
             computed += block.tokens.size
             shapes[block.tokens.shape] += 1
-            blocks += 1
     full = real / max(computed, 1)
     found = (
         f"{percent(full)} of the computed tokens are no padding, "
-        f"{blocks / looked:.1f} passes a step (first {looked} steps)"
+        f"{shapes.total() / looked:.1f} passes a step (first {looked} steps)"
     )
     findings = [Finding("ok", "packing", found)]
     if full < 0.75:

@@ -4,23 +4,47 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from saro_jax.config import Config
-from saro_jax.data.packing import Rows
+from saro_jax.config import DROP_WINDOW, Config
+from saro_jax.data.packing import Rows, real_tokens
 from saro_jax.data.tokenise import Item
+from saro_jax.objectives import kto
+from saro_jax.objectives.preference import REFERENCE_FREE, SEGMENTS
 from saro_jax.parallel import sharding
-from saro_jax.training.checkpoint import Checkpoints, iterator_state
+from saro_jax.training import mismatch
+from saro_jax.training.checkpoint import Checkpoints, abstract, iterator_state
 from saro_jax.training.metrics import Writer
+from saro_jax.training.mismatch import Mismatches
 from saro_jax.training.scoring import put
-from saro_jax.training.step import Programs, State
+from saro_jax.training.step import Given, Programs, State
 from saro_jax.training.watch import Watch
 
 PER_TOKEN = {"correct": "mean_token_accuracy", "entropy": "entropy"}
+# What is also given of each kind of pair, as KIND/NAME.
+PER_KIND = ("rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+
+
+class Evaluation(NamedTuple):
+    """A packed evaluation set, and by item: reference log-probs [n, K, G], number of the kind."""
+
+    blocks: list[Rows]
+    reference: np.ndarray | None
+    kind: np.ndarray | None = None
+    mismatches: Mismatches | None = None
+
+
+class Fallen(Exception):
+    """The chosen log-probs fell too far; `step` is where it was seen."""
+
+    def __init__(self, step: int, message: str):
+        super().__init__(message)
+        self.step = step
 
 
 class Signalled:
@@ -57,6 +81,11 @@ def sequence_tokens(item: Item) -> int:
     return sum(len(item.prefix) + len(branch.ids) for branch in item.branches)
 
 
+def packing_efficiency(blocks: Sequence[Rows]) -> float:
+    """Share of the computed tokens of a step that are no padding."""
+    return sum(map(real_tokens, blocks)) / sum(block.tokens.size for block in blocks)
+
+
 def step_total(stage: str, blocks: Sequence[Rows]) -> float:
     """What a step's loss is divided by: the weight of its scored tokens (rw) or pairs (srpo)."""
     if stage == "srpo":
@@ -65,25 +94,77 @@ def step_total(stage: str, blocks: Sequence[Rows]) -> float:
     return float(sum((w * block.valid).sum() for w, block in zip(weights, blocks, strict=True)))
 
 
-def summarise(stage: str, blocks: list[dict[str, Any]]) -> dict[str, float]:
-    """The sums of a step's blocks as means, under TRL's names."""
-    sums = {name: float(sum(block[name] for block in blocks)) for name in blocks[0]}
-    count = sums.pop("pairs", 0.0)
-    scored = sums.pop("scored")
-    out = {"loss": sums.pop("loss")}
-    for name, value in sums.items():
-        if name in PER_TOKEN:
-            out[PER_TOKEN[name]] = value / max(scored, 1.0)
-        else:
-            out[name] = value / max(count, 1.0)
+def summarise(
+    stage: str, blocks: list[dict[str, Any]], kinds: Sequence[str] = ()
+) -> dict[str, float]:
+    """The sums of a step's blocks as means, under TRL's names; NaN where nothing was counted."""
+    sums = {
+        name: np.sum([np.asarray(block[name], np.float64) for block in blocks], axis=0)
+        for name in blocks[0]
+    }
+    scored = float(sums.pop("scored"))
+    out = {"loss": float(sums.pop("loss"))}
+    per_token = {name: sums.pop(name) for name in PER_TOKEN if name in sums}
+    for number, kind in enumerate(("", *kinds)):
+        means = {name: _mean(*value[number]) for name, value in sums.items()}
+        if stage == "srpo" and "rewards/margins" not in means:  # unpaired rows
+            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+        if number == 0:
+            out |= means
+            continue
+        out |= {f"{kind}/{name}": means[name] for name in PER_KIND if name in means}
+        counted = [sums["logps/chosen"][number][1]]
+        if "rewards/margins" not in sums:
+            counted.append(sums["logps/rejected"][number][1])
+        out[f"{kind}/pairs"] = float(sum(counted))
+    for name, value in per_token.items():
+        out[PER_TOKEN[name]] = float(value) / max(scored, 1.0)
     return out
 
 
+def _mean(total: float, count: float) -> float:
+    return float(total / count) if count else float("nan")
+
+
+def window_means(window: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over the steps since the last line, a kind's by its pairs; NaN where there is none."""
+    means = {}
+    for name in window[0]:
+        kind = name.rsplit("/", 2)[0]
+        pairs = f"{kind}/pairs"
+        by_pairs = pairs in window[0] and name != pairs
+        known = [
+            (step[name], step[pairs] if by_pairs else 1.0)
+            for step in window
+            if not by_pairs or step[pairs]
+        ]
+        known = [(value, weight) for value, weight in known if not np.isnan(value)]
+        total = sum(weight for _, weight in known)
+        means[name] = float(sum(v * w for v, w in known) / total) if known else float("nan")
+    return means
+
+
+def fallen(recent: Sequence[Sequence[float]], limit: float) -> bool:
+    """Whether the chosen log-probs fell by more than `limit` nats while the margins grew.
+
+    recent: (mean log-ratio of the chosen branches in nats, mean reward margin) of the latest steps.
+    The means of the last DROP_WINDOW steps count, against those of as many before (before the first
+    step the margin is 0), so that no single step decides.
+    """
+    now, before = recent[-DROP_WINDOW:], recent[-2 * DROP_WINDOW : -DROP_WINDOW]
+    if len(now) < DROP_WINDOW:
+        return False
+    earlier = float(np.mean([margin for _, margin in before])) if before else 0.0
+    ratio, margin = np.mean(now, axis=0)
+    return bool(-ratio > limit and margin > earlier)
+
+
 def reference_of(block: Rows, reference: np.ndarray | None) -> np.ndarray:
-    """Reference log-probs of a block's slots, float32 [B, P, 2]; zeros where there are none."""
+    """Reference log-probs of a block's slots, float32 [B, P, K, G]; zeros where there are none."""
     if reference is None:
-        return np.zeros((*block.item.shape, 2), np.float32)
-    return np.where(block.item[..., None] >= 0, reference[block.item], 0.0).astype(np.float32)
+        return np.zeros((*block.item.shape, 2, SEGMENTS), np.float32)
+    present = (block.item >= 0)[..., None, None]
+    return np.where(present, reference[block.item], 0.0).astype(np.float32)
 
 
 def run_blocks(
@@ -91,17 +172,53 @@ def run_blocks(
     stage: str,
     blocks: Sequence[Rows],
     reference: np.ndarray | None,
-    call: Callable[[Rows, jax.Array, np.float32], Any],
+    call: Callable[[Rows, Given, np.float32], Any],
+    *,
+    kind: np.ndarray | None = None,
+    score: Callable[[Rows], jax.Array] | None = None,
+    baseline: jax.Array | float = 0.0,
 ) -> list[Any]:
-    """`call` on every block of a step, put on the devices, with the step's total."""
+    """`call` on every block of a step, put on the devices, with the step's total.
+
+    reference: by item; or score: the resident reference's log-probs of a block. kind: by item.
+    """
     total = step_total(stage, blocks)
     if total <= 0:
         raise ValueError("a step has no weight: every row in it has weight 0 or no scored token")
+    z0: Any = np.float32(baseline) if isinstance(baseline, float) else baseline
     results = []
     for block in blocks:
-        ref = jax.device_put(reference_of(block, reference), sharding.rows(mesh))
-        results.append(call(put(mesh, block), ref, np.float32(total)))
+        rows = put(mesh, block)
+        place = sharding.rows(mesh)
+        kinds = np.zeros_like(block.item) if kind is None else kind[block.item]
+        given = Given(
+            score(rows) if score else jax.device_put(reference_of(block, reference), place),
+            jax.device_put(np.where(block.item >= 0, kinds, 0).astype(np.int32), place),
+            z0,
+        )
+        results.append(call(rows, given, np.float32(total)))
     return results
+
+
+def kto_baseline(
+    programs: Programs,
+    mesh: Mesh,
+    params: Any,
+    resident: Any,
+    blocks: Sequence[Rows],
+    mismatches: Mismatches,
+) -> jax.Array:
+    """KTO's z0 of a step, from forward passes alone; a scalar that stays on the device."""
+    packed, reference = mismatch.of_step(mismatches, blocks)
+    total: Any = 0.0
+    for block in packed:
+        rows = put(mesh, block)
+        if reference is None:
+            before = programs.score(resident, rows)
+        else:
+            before = jax.device_put(reference_of(block, reference), sharding.rows(mesh))
+        total = total + (programs.score(params, rows) - before).sum()
+    return kto.baseline(total, sum(int((block.item >= 0).sum()) for block in packed))
 
 
 class Gradients:
@@ -111,20 +228,42 @@ class Gradients:
         self._programs, self._params = programs, params
         self.sum = programs.zeros(params)
 
-    def add(self, rows: Rows, reference: jax.Array, total: np.float32) -> Any:
+    def add(self, rows: Rows, given: Given, total: np.float32) -> Any:
         """Add one block; returns its sums for the metrics."""
-        self.sum, sums = self._programs.accumulate(self._params, self.sum, rows, reference, total)
+        self.sum, sums = self._programs.accumulate(self._params, self.sum, rows, given, total)
         return sums
 
 
 def evaluate(
-    programs: Programs, mesh: Mesh, stage: str, params, blocks: Sequence[Rows], reference
+    programs: Programs,
+    mesh: Mesh,
+    stage: str,
+    params,
+    blocks: Sequence[Rows],
+    reference,
+    *,
+    kind: np.ndarray | None = None,
+    kinds: Sequence[str] = (),
+    resident: Any = None,
+    mismatches: Mismatches | None = None,
 ) -> dict[str, float]:
     """Means over all blocks of an evaluation set, with the prefix `eval_`."""
+    baseline = 0.0
+    if mismatches is not None:
+        baseline = kto_baseline(programs, mesh, params, resident, blocks, mismatches)
     sums = run_blocks(
-        mesh, stage, blocks, reference, lambda *args: programs.evaluate(params, *args)
+        mesh,
+        stage,
+        blocks,
+        reference,
+        lambda *args: programs.evaluate(params, *args),
+        kind=kind,
+        score=partial(programs.score, resident) if resident else None,
+        baseline=baseline,
     )
-    means = summarise(stage, jax.device_get(sums))
+    means = summarise(stage, jax.device_get(sums), kinds)
+    if mismatches is not None:
+        means["kl"] = float(baseline)
     return {f"eval_{name}": value for name, value in means.items()}
 
 
@@ -143,30 +282,42 @@ def fit(
     checkpoints: Checkpoints,
     writer: Writer,
     watch: Watch | None = None,
-    evaluation: tuple[list[Rows], np.ndarray | None] | None = None,
+    evaluation: Evaluation | None = None,
     tokens_before: int = 0,
     window_before: Sequence[dict[str, float]] = (),
+    kind: np.ndarray | None = None,
+    kinds: Sequence[str] = (),
+    mismatches: Mismatches | None = None,
+    recent_before: Sequence[Sequence[float]] = (),
 ) -> tuple[State, int]:
     """Train to `steps`; returns the state and the signal that ended it early (0 = ran to the end).
 
     The metrics of step n - 1 are fetched when step n is under way. A loss that is not a number
-    stops the run with an error and without a checkpoint of that state.
+    stops the run with an error and without a checkpoint of that state. So does a fall of the chosen
+    log-probs (`fallen`), or the state is that of a checkpoint from before it. reference and kind:
+    by item; kinds: names of the kinds; mismatches: for kto; recent_before: `fallen`'s before the
+    first step.
     """
     per_epoch = len(items) / config.train.batch_rows
     num_tokens, started = tokens_before, time.monotonic()
     step = int(state.step)
     window = list(window_before)  # steps since the last line that was written
+    recent = [list(entry) for entry in recent_before]
+    limit = config.srpo.max_chosen_drop if stage == "srpo" else None
+    if config.srpo.loss in REFERENCE_FREE:
+        limit = None
     window_tokens = 0
-    pending: tuple[int, list[Any], Any, int] | None = None
+    pending: tuple[int, list[Any], Any, int, float] | None = None
 
     def flush(extra: dict[str, float] | None = None) -> None:
         nonlocal started, window_tokens, num_tokens, pending
         if pending is None:
             return
-        at, sums, norm, tokens = pending
+        at, sums, norm, tokens, efficiency = pending
         pending = None
-        values = summarise(stage, jax.device_get(sums))
-        values["grad_norm"] = float(norm["grad_norm"])
+        values = summarise(stage, jax.device_get(sums), kinds)
+        values |= {name: float(value) for name, value in jax.device_get(norm).items()}
+        values["packing_efficiency"] = efficiency
         if watch is not None:
             watch.step(at, values, float(schedule(at - 1)), tokens)
         for name in ("loss", "grad_norm"):
@@ -179,7 +330,7 @@ def fit(
         window_tokens += tokens
         window.append(values)
         if at % config.train.log_every == 0 or at == steps or extra:
-            means = {name: float(np.mean([v[name] for v in window])) for name in window[0]}
+            means = window_means(window)
             now = time.monotonic()
             means |= {
                 "learning_rate": float(schedule(at - 1)),
@@ -191,6 +342,19 @@ def fit(
             writer.show(at, means)
             window.clear()
             started, window_tokens = now, 0
+        if limit is not None:
+            entry = [values["rewards/chosen"] / config.srpo.beta, values["rewards/margins"]]
+            if np.isfinite(entry).all():  # a step of kto may lack one of the two
+                recent.append(entry)
+                del recent[: -2 * DROP_WINDOW]
+            if fallen(recent, limit):
+                drop = -float(np.mean([ratio for ratio, _ in recent[-DROP_WINDOW:]]))
+                raise Fallen(
+                    at,
+                    f"step {at}: the chosen log-probs lie {drop:.1f} nats below the reference "
+                    f"while margins grow, srpo.max_chosen_drop={limit:g} allows no more; lower "
+                    "optimizer.learning_rate, or raise srpo.beta or srpo.nll_weight",
+                )
 
     def save() -> None:
         flush()
@@ -198,6 +362,7 @@ def fit(
             "iterator": iterator_state(iterator),
             "num_tokens": num_tokens,
             "window": window,
+            "recent": recent,
             "config": config.model_dump(mode="json"),
         }
         checkpoints.save(step, state, data)
@@ -205,22 +370,69 @@ def fit(
     if watch is not None:
         watch.start()
     with jax.set_mesh(mesh), stop_signals() as signalled:
-        while step < steps and not signalled.number:
-            blocks = next(iterator)
-            gradients = Gradients(programs, state.params)
-            sums = run_blocks(mesh, stage, blocks, reference, gradients.add)
-            state, norm = programs.update(state, gradients.sum)
-            tokens = sum(
-                sequence_tokens(items[i]) for block in blocks for i in block.item[block.item >= 0]
-            )
-            flush()
-            step += 1
-            pending = step, sums, norm, tokens
-            if evaluation and (step == steps or _due(step, config.train.eval_every)):
-                eval_blocks, eval_reference = evaluation
-                flush(evaluate(programs, mesh, stage, state.params, eval_blocks, eval_reference))
-            if step == steps or step % config.train.save_every == 0:
-                save()
-        if signalled.number and step:
-            save()  # whenever the signal came; a step that is saved already stays as it is
+        try:
+            while step < steps and not signalled.number:
+                blocks = next(iterator)
+                baseline = 0.0
+                if mismatches is not None:
+                    baseline = kto_baseline(
+                        programs, mesh, state.params, state.reference, blocks, mismatches
+                    )
+                gradients = Gradients(programs, state.params)
+                policy = state.reference  # before the update donates it
+                sums = run_blocks(
+                    mesh,
+                    stage,
+                    blocks,
+                    reference,
+                    gradients.add,
+                    kind=kind,
+                    score=partial(programs.score, policy) if policy else None,
+                    baseline=baseline,
+                )
+                state, norm = programs.update(state, gradients.sum)
+                if mismatches is not None:
+                    norm = norm | {"kl": baseline}
+                tokens = sum(
+                    sequence_tokens(items[i])
+                    for block in blocks
+                    for i in block.item[block.item >= 0]
+                )
+                flush()
+                step += 1
+                pending = step, sums, norm, tokens, packing_efficiency(blocks)
+                if _due(step, config.srpo.sync_every) and state.reference:
+                    state = programs.sync(state)
+                if evaluation and (step == steps or _due(step, config.train.eval_every)):
+                    eval_blocks, eval_reference, eval_kind, eval_mismatches = evaluation
+                    extra = evaluate(
+                        programs,
+                        mesh,
+                        stage,
+                        state.params,
+                        eval_blocks,
+                        eval_reference,
+                        kind=eval_kind,
+                        kinds=kinds,
+                        resident=state.reference or None,
+                        mismatches=eval_mismatches,
+                    )
+                    flush(extra)
+                if step == steps or step % config.train.save_every == 0:
+                    save()
+            if signalled.number and step:
+                save()  # whenever the signal came; a step that is saved already stays as it is
+        except Fallen as fall:
+            return roll_back(state, fall, config, checkpoints), 0
     return state, 0 if step == steps else signalled.number
+
+
+def roll_back(state: State, fall: Fallen, config: Config, checkpoints: Checkpoints) -> State:
+    """The newest state from before a fall; the fall as an error where there is none to go to."""
+    if config.srpo.on_drop == "stop":
+        raise ValueError(str(fall)) from fall
+    before = checkpoints.rewind(fall.step - DROP_WINDOW)
+    if before is None:
+        raise ValueError(f"{fall}; no checkpoint is from before the fall") from fall
+    print(f"{fall}; back to step {before}, where the run ends", flush=True)
+    return checkpoints.restore(before, abstract(state))[0]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from saro_jax.config import Config
-from saro_jax.data.pipeline import Shape
+from saro_jax.data.packing import Shape
 from saro_jax.models import decoder
 from saro_jax.models.architecture import Architecture
 from saro_jax.objectives.logprobs import CHUNK

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from saro_jax.data.tokenise import Item, item_key_parts
+from saro_jax.objectives.preference import SEGMENTS
 
-SCORING_VERSION = 1  # raise it whenever a change to model or scoring code may change a log-prob
+SCORING_VERSION = 2  # raise it whenever a change to model or scoring code may change a log-prob
 # How far a re-scored row may lie from the stored one, in nats per scored token. In float32 another
 # packing moves a sum by rounding only; in bfloat16 by more (docs/log.md has the measurement).
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02}
@@ -41,32 +42,32 @@ def row_key(model: str, item: Item) -> str:
 
 
 class ReferenceStore:
-    """A table key -> (chosen, rejected) summed log-probs in one SQLite file; a resource."""
+    """A table key -> summed log-probs of a pair's segments in one SQLite file; a resource.
+
+    Per key 8 little-endian float32 of a pair [2, G], 4 of a single response [1, G].
+    """
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "reference.sqlite"
         self._db = sqlite3.connect(self.path, timeout=60)
-        self._db.execute(
-            "create table if not exists logps (key text primary key, chosen real, rejected real)"
-        )
+        self._db.execute("create table if not exists sums (key text primary key, logps blob)")
         self._db.commit()
 
-    def get(self, keys: Sequence[str]) -> np.ndarray:
-        """float32 [n, 2], NaN where a key is missing."""
-        out = np.full((len(keys), 2), np.nan, np.float32)
+    def get(self, keys: Sequence[str], branches: int) -> np.ndarray:
+        """float32 [n, branches, G], NaN where a key is missing."""
+        out = np.full((len(keys), branches, SEGMENTS), np.nan, np.float32)
         for i, key in enumerate(keys):
-            row = self._db.execute(
-                "select chosen, rejected from logps where key = ?", (key,)
-            ).fetchone()
+            row = self._db.execute("select logps from sums where key = ?", (key,)).fetchone()
             if row is not None:
-                out[i] = row
+                out[i] = np.frombuffer(row[0], "<f4").reshape(branches, SEGMENTS)
         return out
 
-    def put(self, rows: Iterable[tuple[str, float, float]]) -> None:
-        """Store rows at once: all of them or, if the process dies, none."""
+    def put(self, rows: Iterable[tuple[str, np.ndarray]]) -> None:
+        """Store (key, float32 [K, G]) rows at once: all of them or, if the process dies, none."""
+        blobs = ((key, np.asarray(logps, "<f4").tobytes()) for key, logps in rows)
         with self._db:
-            self._db.executemany("insert or replace into logps values (?, ?, ?)", rows)
+            self._db.executemany("insert or replace into sums values (?, ?)", blobs)
 
     def close(self) -> None:
         self._db.close()
@@ -76,36 +77,40 @@ def complete(
     store: ReferenceStore,
     model: str,
     items: Sequence[Item],
-    groups: Sequence[Sequence[int]],
-    score: Callable[[Iterable[Sequence[int]]], Iterable[tuple[int, np.ndarray, np.ndarray]]],
+    groups: Sequence[Sequence[list[int]]],
+    score: Callable[[Iterable[Sequence[list[int]]]], Iterable[tuple[int, np.ndarray, np.ndarray]]],
     *,
     recheck: int,
     tolerance: float,
 ) -> np.ndarray:
-    """Log-probs of all items, float32 [n, 2]: the stored ones, and the missing scored and stored.
+    """Sums of all items, float32 [n, K, G]: the stored ones, and the missing scored and stored.
 
-    score: `scoring.score_items` of groups of indices. Whole groups are scored, so that rows are
-    packed as training will pack them; what is done is kept if the process dies. `recheck` stored
-    items are scored again and must agree within `tolerance` nats per scored token.
+    groups: the packed rows of each step, lists of indices; score: `scoring.score_items` of groups.
+    Whole groups are scored, so that rows are packed as training will pack them; what is done is
+    kept if the process dies. `recheck` stored items are scored again and must agree within
+    `tolerance` nats per scored token.
     """
     keys = [row_key(model, item) for item in items]
-    logps = store.get(keys)
-    missing: np.ndarray = np.isnan(logps.sum(axis=1))
+    branches = len(items[0].branches)
+    logps = store.get(keys, branches)
+    missing: np.ndarray = np.isnan(logps.sum(axis=(1, 2)))
+    what = "pairs" if branches == 2 else "responses"
     print(
-        f"reference: {len(items) - int(missing.sum())} of {len(items)} pairs in {store.path}",
+        f"reference: {len(items) - int(missing.sum())} of {len(items)} {what} in {store.path}",
         flush=True,
     )
-    stored = [[int(i)] for i in np.flatnonzero(~missing)[:recheck]]
+    stored = [[[int(i)]] for i in np.flatnonzero(~missing)[:recheck]]
     for i, logp, tokens in score(stored):
-        if (np.abs(logp - logps[i]) / tokens > tolerance).any():
+        if (np.abs(logp - logps[i]).sum(-1) / tokens.sum(-1) > tolerance).any():
             raise ValueError(
-                f"{store.path}: {items[i].where}: stored log-probs {logps[i].tolist()}, now "
-                f"{logp.tolist()}: more than {tolerance} nats per token apart; delete the file"
+                f"{store.path}: {items[i].where}: stored log-probs {logps[i].sum(-1).tolist()}, "
+                f"now {logp.sum(-1).tolist()}: more than {tolerance} nats per token apart; delete "
+                "the file"
             )
-    todo = [group for group in groups if missing[np.asarray(group)].any()]
+    todo = [group for group in groups if missing[[i for row in group for i in row]].any()]
     for done, group in enumerate(todo, 1):
         new = {i: logp for i, logp, _ in score([group]) if missing[i]}
-        store.put((keys[i], float(logp[0]), float(logp[1])) for i, logp in new.items())
+        store.put((keys[i], logp) for i, logp in new.items())
         for i, logp in new.items():
             logps[i], missing[i] = logp, False
         if done % 10 == 0 or done == len(todo):

@@ -1,6 +1,7 @@
 """Summed log-probs of packed rows: the one scoring code of training, reference and `score`.
 
-Legend: B rows, T tokens, S scored positions of a row, P item slots of a row, K branches of an item.
+Legend: B rows, T tokens, S scored positions of a row, P item slots of a row, K branches of an item,
+G segments of a branch (objectives/preference.py).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,18 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from saro_jax.data.packing import Rows, pack
-from saro_jax.data.pipeline import Shape
+from saro_jax.data.packing import Rows, Shape, blocks
 from saro_jax.data.tokenise import Item
 from saro_jax.models import decoder
 from saro_jax.models.architecture import Architecture
 from saro_jax.models.attention import Tokens
 from saro_jax.objectives.logprobs import TokenScores, token_scores
+from saro_jax.objectives.preference import SEGMENTS
 from saro_jax.parallel import sharding
 
 
 class Sequences(NamedTuple):
-    """Sums over the scored tokens of each branch of each item of the rows, float32 [B, P, K]."""
+    """Sums over the scored tokens of each branch of each item of the rows, float32 [B, P, K, G]."""
 
     logp: jax.Array
     tokens: jax.Array
@@ -47,14 +48,15 @@ def score_tokens(
 
 
 def sum_sequences(logp_BS: jax.Array, rows: Rows, branches: int) -> Sequences:
-    """Sums per item and branch; empty slots are 0."""
+    """Sums per item, branch and segment; empty slots are 0."""
     P = rows.weight.shape[1]
-    sums = jax.vmap(partial(jax.ops.segment_sum, num_segments=P * branches))
+    sums = jax.vmap(partial(jax.ops.segment_sum, num_segments=P * branches * SEGMENTS))
     valid = rows.valid.astype(jnp.float32)
-    shape = (*rows.weight.shape, branches)
+    shape = (*rows.weight.shape, branches, SEGMENTS)
+    where = rows.sequence * SEGMENTS + rows.part
     return Sequences(
-        sums(logp_BS * valid, rows.sequence).reshape(shape),
-        sums(valid, rows.sequence).reshape(shape),
+        sums(logp_BS * valid, where).reshape(shape),
+        sums(valid, where).reshape(shape),
     )
 
 
@@ -84,16 +86,16 @@ def score_items(
     scorer: Callable[[Any, Rows], Sequences],
     params: Any,
     items: Sequence[Item],
-    groups: Iterable[Sequence[int]],
+    groups: Iterable[Sequence[list[int]]],
     shape: Shape,
 ) -> Iterable[tuple[int, np.ndarray, np.ndarray]]:
-    """(index, summed log-probs [K], scored tokens [K]) of items[i] for every i in the groups.
+    """(index, log-prob sums [K, G], scored tokens [K, G]) of items[i] for every i in the groups.
 
     Each group is packed by itself: with the groups of the training steps, the rows are the very
     rows that training will see, and in bfloat16 too a reference equals the policy at step 0.
     """
     for group in groups:
-        for block in pack(items, group, **shape._asdict()):
+        for block in blocks(items, group, shape):
             sums = jax.device_get(scorer(params, block))
             for b, slot in zip(*np.nonzero(block.item >= 0), strict=True):
                 yield int(block.item[b, slot]), sums.logp[b, slot], sums.tokens[b, slot]

@@ -1,6 +1,7 @@
 """One optimizer step: gradients of packed blocks summed up, then one update. Pure functions.
 
-Legend: B rows, S scored positions of a row, P item slots of a row, K branches of an item.
+Legend: B rows, S scored positions of a row, P item slots of a row, K branches of an item,
+G segments of a branch (objectives/preference.py).
 
 A step is `accumulate` over its blocks and one `update`. Losses are sums; `total`, the weight of the
 whole step, is known before the first block, so any cut into blocks gives the same step.
@@ -20,6 +21,7 @@ from saro_jax.data.packing import Rows
 from saro_jax.models import decoder
 from saro_jax.models.architecture import Architecture
 from saro_jax.objectives import preference
+from saro_jax.objectives.kto import kto
 from saro_jax.objectives.sft import nll
 from saro_jax.parallel import sharding
 from saro_jax.training.scoring import score_tokens, sum_sequences
@@ -33,9 +35,18 @@ class State(NamedTuple):
     step: jax.Array  # int32 scalar, optimizer steps done
     params: Any  # master weights
     optimizer: Any  # optax state
+    reference: Any = ()  # parameters of a resident reference policy, a tree like params
 
 
-def rw_loss(arch: Architecture, config: Config, params, rows: Rows, reference, total):
+class Given(NamedTuple):
+    """What a preference loss is given beside a block's rows and the policy."""
+
+    reference: jax.Array  # float32 [B, P, K, G], log-prob sums under the reference policy
+    kind: jax.Array  # int32 [B, P], number of each pair's kind
+    baseline: jax.Array  # float32 scalar, kto's z0
+
+
+def rw_loss(arch: Architecture, config: Config, kinds: int, params, rows: Rows, given, total):
     """Warmup: weighted NLL of the scored tokens over `total`, and sums for the metrics."""
     scores = _score(arch, config, params, rows, entropy=True)
     weight_BS = jnp.take_along_axis(rows.weight, rows.sequence, axis=1)
@@ -49,32 +60,62 @@ def rw_loss(arch: Architecture, config: Config, params, rows: Rows, reference, t
     return loss, sums
 
 
-def srpo_loss(arch: Architecture, config: Config, params, rows: Rows, reference, total):
-    """SRPO: weighted preference loss of the pairs over `total`; reference: float32 [B, P, 2]."""
+def srpo_loss(
+    arch: Architecture, config: Config, kinds: int, params, rows: Rows, given: Given, total
+):
+    """SRPO: weighted preference loss of the pairs over `total`, and sums for the metrics."""
     scores = _score(arch, config, params, rows, entropy=False)
     sequences = sum_sequences(scores.logp, rows, branches=2)
     pairs = preference.Pairs(
-        *(sequences.logp[..., k] for k in (0, 1)),
-        *(reference[..., k] for k in (0, 1)),
-        *(sequences.tokens[..., k] for k in (0, 1)),
+        *(sequences.logp[..., k, :] for k in (0, 1)),
+        *(given.reference[..., k, :] for k in (0, 1)),
+        *(sequences.tokens[..., k, :] for k in (0, 1)),
+        noise=jnp.where(rows.noise >= 0, rows.noise, config.srpo.label_smoothing),
     )
     present = rows.item >= 0
     losses = jnp.where(present, preference.losses(pairs, config.srpo), 0.0)
     loss = jnp.sum(losses * rows.weight) / total
     sums = {
-        name: jnp.sum(jnp.where(present, value, 0.0))
-        for name, value in preference.metrics(pairs, config.srpo.beta).items()
+        name: _sum_kinds(value, present, given.kind, kinds)
+        for name, value in preference.metrics(pairs, config.srpo).items()
     }
-    sums |= {
-        "loss": loss,
-        "pairs": present.sum(dtype=jnp.float32),
-        "scored": rows.valid.sum(dtype=jnp.float32),
-        "correct": scores.correct.sum(),
-    }
-    return loss, sums
+    return loss, sums | _token_sums(loss, scores, rows)
 
 
-LOSSES = {"rw": rw_loss, "srpo": srpo_loss}
+def kto_loss(
+    arch: Architecture, config: Config, kinds: int, params, rows: Rows, given: Given, total
+):
+    """SRPO on unpaired rows: weighted KTO loss of the responses over `total`, and sums."""
+    scores = _score(arch, config, params, rows, entropy=False)
+    logp = sum_sequences(scores.logp, rows, branches=1).logp.sum(-1)[..., 0]
+    ratio = logp - given.reference.sum(-1)[..., 0]
+    present = rows.item >= 0
+    losses = jnp.where(present, kto(ratio, rows.label, given.baseline, config.srpo), 0.0)
+    loss = jnp.sum(losses * rows.weight) / total
+    sums = {}
+    for name, chosen in (("chosen", present & (rows.label > 0)), ("rejected", rows.label == 0)):
+        counts = present & chosen
+        sums[f"rewards/{name}"] = _sum_kinds(config.srpo.beta * ratio, counts, given.kind, kinds)
+        sums[f"logps/{name}"] = _sum_kinds(logp, counts, given.kind, kinds)
+    return loss, sums | _token_sums(loss, scores, rows)
+
+
+LOSSES = {"rw": rw_loss, "srpo": srpo_loss, "kto": kto_loss}
+
+
+def _sum_kinds(value_BP, counts_BP, kind_BP, kinds: int) -> jax.Array:
+    """(sum, number) of the values that count, of all pairs, then by kind: [1 + kinds, 2]."""
+    parts = jnp.stack([jnp.where(counts_BP, value_BP, 0.0), counts_BP.astype(jnp.float32)], -1)
+    whole = parts.sum((0, 1))[None]
+    if not kinds:
+        return whole
+    by_kind = jax.ops.segment_sum(parts.reshape(-1, 2), kind_BP.ravel(), num_segments=kinds)
+    return jnp.concatenate([whole, by_kind])
+
+
+def _token_sums(loss, scores, rows: Rows) -> Sums:
+    scored = rows.valid.sum(dtype=jnp.float32)
+    return {"loss": loss, "scored": scored, "correct": scores.correct.sum()}
 
 
 def _score(arch, config: Config, params, rows, *, entropy: bool):
@@ -91,10 +132,12 @@ def _score(arch, config: Config, params, rows, *, entropy: bool):
 class Programs(NamedTuple):
     """The compiled pieces of a step."""
 
-    accumulate: Callable[..., tuple[Any, Sums]]  # (params, gradients, rows, reference, total)
+    accumulate: Callable[..., tuple[Any, Sums]]  # (params, gradients, rows, given, total)
     update: Callable[[State, Any], tuple[State, Sums]]
-    evaluate: Callable[..., Sums]  # (params, rows, reference, total)
+    evaluate: Callable[..., Sums]  # (params, rows, given, total)
     zeros: Callable[[Any], Any]  # params -> gradients of zeros
+    score: Callable[[Any, Rows], jax.Array]  # (params, rows) -> log-prob sums [B, P, K, G]
+    sync: Callable[[State], State]  # moves a resident reference towards the policy
 
 
 def abstract_params(arch: Architecture, dtype: Any) -> Any:
@@ -102,13 +145,20 @@ def abstract_params(arch: Architecture, dtype: Any) -> Any:
     return decoder.abstract_params(arch, dtype)
 
 
-def init_state(optimizer: optax.GradientTransformation, params: Any, mesh: Mesh) -> State:
-    """State at step 0, the optimizer's moments laid out as the parameters they belong to."""
+def init_state(
+    optimizer: optax.GradientTransformation, params: Any, mesh: Mesh, *, resident: bool = False
+) -> State:
+    """State at step 0, the optimizer's moments laid out as the parameters they belong to.
+
+    resident: with a copy of the parameters as the reference policy.
+    """
     shapes = jax.eval_shape(optimizer.init, params)
     inner = jax.jit(optimizer.init, out_shardings=sharding.shardings(mesh, shapes))(params)
     # Committed to the mesh like the rest, so that step 1 and step 2 are one program.
     start = jax.device_put(np.zeros((), np.int32), NamedSharding(mesh, PartitionSpec()))
-    return State(start, params, inner)
+    # A copy: the parameters' own buffers are donated to the first update.
+    reference = jax.tree.map(lambda leaf: leaf + 0, params) if resident else ()
+    return State(start, params, inner, reference)
 
 
 def owned(state: State) -> State:
@@ -117,15 +167,24 @@ def owned(state: State) -> State:
 
 
 def programs(
-    arch: Architecture, config: Config, stage: str, optimizer: optax.GradientTransformation
+    arch: Architecture,
+    config: Config,
+    stage: str,
+    optimizer: optax.GradientTransformation,
+    kinds: int = 0,
 ) -> Programs:
-    """Jit the pieces for one stage; gradients and state are donated, updated in place."""
+    """Jit the pieces for one stage; gradients and state are donated, updated in place.
 
-    def loss(params, rows, reference, total):
-        return LOSSES[stage](arch, config, params, rows, reference, total)
+    kinds: number of kinds of pairs that have metrics of their own.
+    """
+    unpaired = stage == "srpo" and config.srpo.loss == "kto"
+    stage_loss = LOSSES["kto" if unpaired else stage]
 
-    def accumulate(params, gradients, rows, reference, total):
-        (_, sums), new = jax.value_and_grad(loss, has_aux=True)(params, rows, reference, total)
+    def loss(params, rows, given, total):
+        return stage_loss(arch, config, kinds, params, rows, given, total)
+
+    def accumulate(params, gradients, rows, given, total):
+        (_, sums), new = jax.value_and_grad(loss, has_aux=True)(params, rows, given, total)
         summed = jax.tree.map(lambda a, b: a + b.astype(a.dtype), gradients, new)
         return sharding.constrain_params(summed), sums
 
@@ -133,16 +192,32 @@ def programs(
         updates, inner = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(gradients)
-        return State(state.step + 1, params, inner), {"grad_norm": norm}
+        return State(state.step + 1, params, inner, state.reference), {"grad_norm": norm}
 
     def zeros(params):
         return sharding.constrain_params(
             jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
         )
 
+    def score(params, rows):
+        scores = _score(arch, config, params, rows, entropy=False)
+        return sum_sequences(scores.logp, rows, branches=1 if unpaired else 2).logp
+
+    def sync(state: State):
+        # TR-DPO, Gorbatovski et al. 2024 (arXiv 2404.09656): soft, and hard where alpha is 1.
+        alpha = config.srpo.sync_mix
+        mixed = jax.tree.map(
+            lambda new, old: (alpha * new + (1 - alpha) * old).astype(old.dtype),
+            state.params,
+            state.reference,
+        )
+        return state._replace(reference=mixed)
+
     return Programs(
         jax.jit(accumulate, donate_argnums=1),
         jax.jit(update, donate_argnums=0),
         jax.jit(lambda *args: loss(*args)[1]),
         jax.jit(zeros),
+        jax.jit(score),
+        jax.jit(sync, donate_argnums=0),
     )
