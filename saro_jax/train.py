@@ -6,13 +6,14 @@ srpo  Safety-oriented Reasoning Process Optimization: DPO on outcome and process
 
 The same command continues a run that was stopped. OUT holds config.yaml, provenance.json,
 metrics.jsonl, rejects.jsonl, checkpoints/, tensorboard/ and, at the end, model/: a Hugging Face
-folder. Ctrl-C and SIGTERM save and end with exit code 130 and 143.
+folder, with adapters merged in, and adapter/: a PEFT folder of the adapters alone. Ctrl-C and SIGTERM save and end with exit code 130 and 143.
 """
 
 import json
 import logging
 import math
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from saro_jax.models.architecture import Architecture
 from saro_jax.parallel import mesh as meshes
 from saro_jax.parallel import sharding
 from saro_jax.text import chat
-from saro_jax.training import loop, metrics, optimizer, reference, step
+from saro_jax.training import loop, metrics, optimizer, reference, step, trainable
 from saro_jax.training.checkpoint import Checkpoints, abstract
 from saro_jax.training.scoring import make_scorer, score_items
 
@@ -57,10 +58,9 @@ class Source:
 
     def load(self) -> Any:
         """Its parameters, read straight to their shards."""
-        dtype = jnp.dtype(self.config.model.param_dtype)
-        shapes = step.abstract_params(self.arch, dtype)
+        shapes = trainable.abstract_model(self.arch, self.config)
         return huggingface.load_params(
-            self.folder, self.arch, dtype, sharding.shardings(self.mesh, shapes)
+            self.folder, self.arch, shapes, sharding.shardings(self.mesh, shapes)
         )
 
 
@@ -102,6 +102,7 @@ def run(config: Config, stage: str, out: Path) -> int:
     folder = hub.resolve(config.model.path, config.model.revision)
     arch = huggingface.load_architecture(folder)
     decoder.check_length(arch, config.data.max_length)
+    trainable.trained_names(arch, config)  # refuses now what nothing could train with
     source = Source(
         folder,
         arch,
@@ -139,9 +140,11 @@ def run(config: Config, stage: str, out: Path) -> int:
         blocks = _pack_groups(evaluation_items, _groups(evaluation_items, config_rows), shape)
         evaluation = (blocks, eval_logps)
 
-    transform = optimizer.make(config.optimizer, steps)
-    state = step.init_state(transform, params, mesh)
-    del params
+    transform = optimizer.make(config.optimizer, steps, config.lora)
+    trained, frozen = trainable.start(arch, config, params, mesh)
+    base = huggingface.weights_hash(folder) if frozen else None
+    state = step.init_state(transform, trained, mesh)
+    del params, trained
     iterator = pipeline.steps(
         items,
         batch_rows=config_rows,
@@ -157,6 +160,7 @@ def run(config: Config, stage: str, out: Path) -> int:
         wanted = abstract(state)
         del state  # the restored arrays take its place
         state, saved = checkpoints.restore(latest, wanted)
+        trainable.check_base(saved.get("base"), base, folder, out)
         state = step.owned(state)
         iterator.set_state(saved["iterator"])
         tokens_before, window_before = saved["num_tokens"], saved["window"]
@@ -179,6 +183,8 @@ def run(config: Config, stage: str, out: Path) -> int:
             evaluation=evaluation,
             tokens_before=tokens_before,
             window_before=window_before,
+            frozen=frozen,
+            base=base,
         )
     finally:
         writer.close()
@@ -188,7 +194,7 @@ def run(config: Config, stage: str, out: Path) -> int:
             f"stopped at step {int(state.step)} of {steps}; the same command continues", flush=True
         )
         return 128 + stopped
-    _export(config, source, state.params, out / "model")
+    _export(config, source, trainable.join(state.params, frozen), out / "model")
     return 0
 
 
@@ -304,18 +310,22 @@ def _pack_groups(items, groups, shape: Shape):
 
 def _announce(config, stage, out, source: Source, params, items, shape: Shape, steps: int) -> None:
     """The first line: what is trained, on what, for how long, in how much memory."""
+    trained, frozen = trainable.abstract(source.arch, config)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    learning = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    part = f", {learning / 1e6:.2f}M trained" if frozen or config.lora.rank else ""
     tokens = sum(loop.sequence_tokens(item) for item in items) / len(items)
     laid_out = sum(laid_out_length(item, shape.layout) for item in items) / len(items)
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
     memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    # Master weights, two moments and the summed gradient; plus activations.
+    # Master weights, two moments and the summed gradient of what trains; plus activations.
     moments = 2 if config.optimizer.name == "adamw" else 0
     width = jnp.dtype(config.model.param_dtype).itemsize
-    state = count * (width * (1 + moments) + 4) / 2**30
+    read_only = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(frozen))
+    state = (learning * (width * (1 + moments) + 4) + read_only) / 2**30
     print(
-        f"{stage}: {count / 1e6:.1f}M parameters ({config.model.dtype}), {len(items)} rows, "
+        f"{stage}: {count / 1e6:.1f}M parameters ({config.model.dtype}){part}, {len(items)} rows, "
         f"{tokens * config.train.batch_rows:.0f} tokens per step "
         f"({laid_out * config.train.batch_rows:.0f} computed, rows of {shape.row_length}), "
         f"{steps} steps, {jax.device_count()} x {device.device_kind} of "
@@ -342,7 +352,7 @@ def _reference(source: Source, params, items, groups, shape: Shape) -> np.ndarra
             store,
             reference.model_key(
                 huggingface.weights_hash(source.folder),
-                f"{config.model.param_dtype} {config.model.dtype}",
+                _dtypes(config),
                 repr(source.arch),  # RoPE, norms: what config.json says beside the weights
                 reference.tokenizer_key(source.tokenizer),
                 shape.layout,
@@ -358,6 +368,15 @@ def _reference(source: Source, params, items, groups, shape: Shape) -> np.ndarra
         store.close()
 
 
+def _dtypes(config: Config) -> str:
+    """What the weights are rounded to before they are used, which moves a log-prob."""
+    model = config.model
+    text = f"{model.param_dtype} {model.dtype}"
+    if model.frozen_dtype not in (None, model.param_dtype):
+        text += f" {model.frozen_dtype} {config.train.freeze}"
+    return text
+
+
 def _packing(config: Config, items, groups, shape: Shape) -> str:
     """In bfloat16, which rows lie beside which: it moves a log-prob, and step 0 must be exact."""
     if config.model.dtype != "bfloat16":
@@ -367,19 +386,30 @@ def _packing(config: Config, items, groups, shape: Shape) -> str:
 
 
 def _export(config: Config, source: Source, params, out: Path) -> None:
-    """Write the Hugging Face folder and compare it with this model before it gets its name."""
-    template = source.tokenizer.chat_template if config.model.chat_template else None
-    checked = out.with_name("model.unchecked")
-    if checked.exists():
-        import shutil
+    """Write the Hugging Face folder and compare it with this model before it gets its name.
 
-        shutil.rmtree(checked)
-    huggingface.save(params, source.arch, source.folder, checked, chat_template=template)
-    worst = huggingface.logits_match(checked, params, source.arch)
+    `params` with adapters: they are merged into that folder, and alone in adapter/ beside it.
+    """
+    params, adapters = trainable.apart(config, params)
+    template = source.tokenizer.chat_template if config.model.chat_template else None
+    checked, beside = out.with_name("model.unchecked"), out.with_name("adapter")
+    for stale in (checked, beside):
+        if stale.exists():
+            shutil.rmtree(stale)
+    huggingface.save(
+        params, source.arch, source.folder, checked, chat_template=template, adapters=adapters
+    )
+    worst = huggingface.logits_match(checked, params, source.arch, None, adapters)
     if worst is not None and not worst <= EXPORT_TOLERANCE:  # NaN too
         raise ValueError(
             f"{checked}: transformers' logits differ by {worst:.2e}, allowed {EXPORT_TOLERANCE:.0e}"
         )
+    why_not = trainable.why_no_peft(source.arch, config)
+    if adapters is not None and why_not:
+        print(f"no adapter/: {why_not}", flush=True)
+    elif adapters is not None:
+        huggingface.save_peft(adapters, trainable.peft_settings(config, source.folder), beside)
+        print(f"the adapters are in {beside}", flush=True)
     os.replace(checked, out)
     agreed = f" (transformers agrees to {worst:.1e})" if worst is not None else ""
     print(f"the model is in {out}{agreed}", flush=True)

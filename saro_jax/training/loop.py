@@ -16,6 +16,7 @@ from saro_jax.data.tokenise import Item
 from saro_jax.parallel import sharding
 from saro_jax.training.checkpoint import Checkpoints, iterator_state
 from saro_jax.training.metrics import Writer
+from saro_jax.training.optimizer import adapter_ratio
 from saro_jax.training.scoring import put
 from saro_jax.training.step import Programs, State
 
@@ -106,22 +107,33 @@ def run_blocks(
 class Gradients:
     """The gradient of a step, summed up block by block in one set of buffers."""
 
-    def __init__(self, programs: Programs, params: Any):
-        self._programs, self._params = programs, params
+    def __init__(self, programs: Programs, params: Any, frozen: Any = None, step: int = 0):
+        self._programs, self._params, self._frozen = programs, params, frozen
+        self._step, self._block = step, 0
         self.sum = programs.zeros(params)
 
     def add(self, rows: Rows, reference: jax.Array, total: np.float32) -> Any:
         """Add one block; returns its sums for the metrics."""
-        self.sum, sums = self._programs.accumulate(self._params, self.sum, rows, reference, total)
+        draw = np.array([self._step, self._block], np.int32)
+        self.sum, sums = self._programs.accumulate(
+            self._params, self.sum, rows, reference, total, self._frozen, draw
+        )
+        self._block += 1
         return sums
 
 
 def evaluate(
-    programs: Programs, mesh: Mesh, stage: str, params, blocks: Sequence[Rows], reference
+    programs: Programs,
+    mesh: Mesh,
+    stage: str,
+    params,
+    blocks: Sequence[Rows],
+    reference,
+    frozen=None,
 ) -> dict[str, float]:
     """Means over all blocks of an evaluation set, with the prefix `eval_`."""
     sums = run_blocks(
-        mesh, stage, blocks, reference, lambda *args: programs.evaluate(params, *args)
+        mesh, stage, blocks, reference, lambda *args: programs.evaluate(params, *args, frozen)
     )
     means = summarise(stage, jax.device_get(sums))
     return {f"eval_{name}": value for name, value in means.items()}
@@ -144,8 +156,13 @@ def fit(
     evaluation: tuple[list[Rows], np.ndarray | None] | None = None,
     tokens_before: int = 0,
     window_before: Sequence[dict[str, float]] = (),
+    frozen: Any = None,
+    base: str | None = None,
 ) -> tuple[State, int]:
     """Train to `steps`; returns the state and the signal that ended it early (0 = ran to the end).
+
+    `frozen`: the leaves that are only read, not in checkpoints; `base`: the hash of the weights
+    they come from, which is.
 
     The metrics of step n - 1 are fetched when step n is under way. A loss that is not a number
     stops the run with an error and without a checkpoint of that state.
@@ -156,6 +173,7 @@ def fit(
     window = list(window_before)  # steps since the last line that was written
     window_tokens = 0
     pending: tuple[int, list[Any], Any, int] | None = None
+    ratio = adapter_ratio(config.optimizer, config.lora)
 
     def flush(extra: dict[str, float] | None = None) -> None:
         nonlocal started, window_tokens, num_tokens, pending
@@ -179,6 +197,7 @@ def fit(
             now = time.monotonic()
             means |= {
                 "learning_rate": float(schedule(at - 1)),
+                **({} if ratio == 1.0 else {"lora_learning_rate": ratio * float(schedule(at - 1))}),
                 "epoch": at / per_epoch,
                 "num_tokens": num_tokens,
                 "tokens_per_second": window_tokens / max(now - started, 1e-9),
@@ -195,13 +214,13 @@ def fit(
             "num_tokens": num_tokens,
             "window": window,
             "config": config.model_dump(mode="json"),
-        }
+        } | ({} if base is None else {"base": base})
         checkpoints.save(step, state, data)
 
     with jax.set_mesh(mesh), stop_signals() as signalled:
         while step < steps and not signalled.number:
             blocks = next(iterator)
-            gradients = Gradients(programs, state.params)
+            gradients = Gradients(programs, state.params, frozen, step)
             sums = run_blocks(mesh, stage, blocks, reference, gradients.add)
             state, norm = programs.update(state, gradients.sum)
             tokens = sum(
@@ -212,7 +231,10 @@ def fit(
             pending = step, sums, norm, tokens
             if evaluation and (step == steps or _due(step, config.train.eval_every)):
                 eval_blocks, eval_reference = evaluation
-                flush(evaluate(programs, mesh, stage, state.params, eval_blocks, eval_reference))
+                found = evaluate(
+                    programs, mesh, stage, state.params, eval_blocks, eval_reference, frozen
+                )
+                flush(found)
             if step == steps or step % config.train.save_every == 0:
                 save()
         if signalled.number and step:

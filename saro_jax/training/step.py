@@ -17,11 +17,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saro_jax.config import Config
 from saro_jax.data.packing import Rows
-from saro_jax.models import decoder
+from saro_jax.models import decoder, lora
 from saro_jax.models.architecture import Architecture
 from saro_jax.objectives import preference
 from saro_jax.objectives.sft import nll
 from saro_jax.parallel import sharding
+from saro_jax.training import trainable
 from saro_jax.training.scoring import score_tokens, sum_sequences
 
 Sums = dict[str, jax.Array]
@@ -31,13 +32,13 @@ class State(NamedTuple):
     """What training carries from step to step."""
 
     step: jax.Array  # int32 scalar, optimizer steps done
-    params: Any  # master weights
+    params: Any  # master weights of what trains (`trainable.split`)
     optimizer: Any  # optax state
 
 
-def rw_loss(arch: Architecture, config: Config, params, rows: Rows, reference, total):
+def rw_loss(arch: Architecture, config: Config, params, rows: Rows, reference, total, key=None):
     """Warmup: weighted NLL of the scored tokens over `total`, and sums for the metrics."""
-    scores = _score(arch, config, params, rows, entropy=True)
+    scores = _score(arch, config, params, rows, key, entropy=True)
     weight_BS = jnp.take_along_axis(rows.weight, rows.sequence, axis=1)
     loss = nll(scores.logp, rows.valid, weight_BS) / total
     sums = {
@@ -49,9 +50,9 @@ def rw_loss(arch: Architecture, config: Config, params, rows: Rows, reference, t
     return loss, sums
 
 
-def srpo_loss(arch: Architecture, config: Config, params, rows: Rows, reference, total):
+def srpo_loss(arch: Architecture, config: Config, params, rows: Rows, reference, total, key=None):
     """SRPO: weighted preference loss of the pairs over `total`; reference: float32 [B, P, 2]."""
-    scores = _score(arch, config, params, rows, entropy=False)
+    scores = _score(arch, config, params, rows, key, entropy=False)
     sequences = sum_sequences(scores.logp, rows, branches=2)
     pairs = preference.Pairs(
         *(sequences.logp[..., k] for k in (0, 1)),
@@ -77,7 +78,8 @@ def srpo_loss(arch: Architecture, config: Config, params, rows: Rows, reference,
 LOSSES = {"rw": rw_loss, "srpo": srpo_loss}
 
 
-def _score(arch, config: Config, params, rows, *, entropy: bool):
+def _score(arch, config: Config, params, rows, key=None, *, entropy: bool):
+    """Scores under the whole tree, adapters included; `key` draws their dropout, None = none."""
     return score_tokens(
         arch,
         params,
@@ -85,15 +87,30 @@ def _score(arch, config: Config, params, rows, *, entropy: bool):
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
         entropy=entropy,
+        adapters=lora.bind(config.lora, params.get(trainable.LORA), key),
+        train_head=trainable.trains_head(arch, config),
     )
 
 
-class Programs(NamedTuple):
-    """The compiled pieces of a step."""
+def _dropout_key(config: Config, draw: jax.Array) -> jax.Array | None:
+    """The key of one block of one step; None without dropout."""
+    if not config.lora.dropout:
+        return None
+    key = jax.random.fold_in(jax.random.key(config.seed), draw[0])
+    return jax.random.fold_in(key, draw[1])
 
-    accumulate: Callable[..., tuple[Any, Sums]]  # (params, gradients, rows, reference, total)
+
+class Programs(NamedTuple):
+    """The compiled pieces of a step.
+
+    `params` is the trained tree; `frozen`, at the end, what is only read ({} where all trains).
+    `draw`, int32 [2]: step and block, which with the seed decide the dropout of adapters.
+    """
+
+    # (params, gradients, rows, reference, total, frozen, draw)
+    accumulate: Callable[..., tuple[Any, Sums]]
     update: Callable[[State, Any], tuple[State, Sums]]
-    evaluate: Callable[..., Sums]  # (params, rows, reference, total)
+    evaluate: Callable[..., Sums]  # (params, rows, reference, total, frozen)
     zeros: Callable[[Any], Any]  # params -> gradients of zeros
 
 
@@ -121,13 +138,19 @@ def programs(
 ) -> Programs:
     """Jit the pieces for one stage; gradients and state are donated, updated in place."""
 
-    def loss(params, rows, reference, total):
-        return LOSSES[stage](arch, config, params, rows, reference, total)
+    def loss(params, frozen, rows, reference, total, key=None):
+        whole = trainable.join(params, frozen)
+        return LOSSES[stage](arch, config, whole, rows, reference, total, key)
 
-    def accumulate(params, gradients, rows, reference, total):
-        (_, sums), new = jax.value_and_grad(loss, has_aux=True)(params, rows, reference, total)
+    def accumulate(params, gradients, rows, reference, total, frozen=None, draw=None):
+        key = None if draw is None else _dropout_key(config, draw)
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        (_, sums), new = gradient(params, frozen or {}, rows, reference, total, key)
         summed = jax.tree.map(lambda a, b: a + b.astype(a.dtype), gradients, new)
         return sharding.constrain_params(summed), sums
+
+    def evaluate(params, rows, reference, total, frozen=None):
+        return loss(params, frozen or {}, rows, reference, total)[1]
 
     def update(state: State, gradients):
         updates, inner = optimizer.update(gradients, state.optimizer, state.params)
@@ -143,6 +166,6 @@ def programs(
     return Programs(
         jax.jit(accumulate, donate_argnums=1),
         jax.jit(update, donate_argnums=0),
-        jax.jit(lambda *args: loss(*args)[1]),
+        jax.jit(evaluate),
         jax.jit(zeros),
     )
