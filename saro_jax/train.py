@@ -6,7 +6,8 @@ srpo  Safety-oriented Reasoning Process Optimization: DPO on outcome and process
 
 The same command continues a run that was stopped. OUT holds config.yaml, provenance.json,
 metrics.jsonl, rejects.jsonl, checkpoints/, tensorboard/ and, at the end, model/: a Hugging Face
-folder, with adapters merged in, and adapter/: a PEFT folder of the adapters alone. Ctrl-C and SIGTERM save and end with exit code 130 and 143.
+folder, adapters merged in, and with lora.rank adapter/: the same adapters as a PEFT folder. Ctrl-C
+and SIGTERM save and end with exit code 130 and 143.
 """
 
 import json

@@ -119,7 +119,8 @@ def save(
     Config, tokenizer, chat template and licence come from `source_folder` (or .gguf file), where
     the model was loaded from; `chat_template` (jinja text) replaces the template. `adapters` are
     merged into their matrices in float32, one at a time; one of a tied lm_head unties it, since it
-    changes the output only. The folder appears whole at the end. In a multi-host run every process must call this; the first writes.
+    changes the output only. The folder appears whole at the end. In a multi-host run every process
+    must call this; the first writes.
     """
     source, out = Path(source_folder), Path(out_folder)
     if dtype not in ("float32", "bfloat16"):

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saro_jax.config import Config
 from saro_jax.data.packing import Rows
-from saro_jax.models import decoder, lora
+from saro_jax.models import decoder
 from saro_jax.models.architecture import Architecture
 from saro_jax.objectives import preference
 from saro_jax.objectives.sft import nll
@@ -80,14 +80,15 @@ LOSSES = {"rw": rw_loss, "srpo": srpo_loss}
 
 def _score(arch, config: Config, params, rows, key=None, *, entropy: bool):
     """Scores under the whole tree, adapters included; `key` draws their dropout, None = none."""
+    base, adapters = trainable.apart(config, params, key)
     return score_tokens(
         arch,
-        params,
+        base,
         rows,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
         entropy=entropy,
-        adapters=lora.bind(config.lora, params.get(trainable.LORA), key),
+        adapters=adapters,
         train_head=trainable.trains_head(arch, config),
     )
 

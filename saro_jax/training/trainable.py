@@ -119,9 +119,12 @@ def start(arch: Architecture, config: Config, params: Tree, mesh: Mesh) -> tuple
     return trained, frozen
 
 
-def apart(config: Config, params: Tree) -> tuple[Tree, lora.Adapters | None]:
-    """A joined tree as the model's own leaves and its adapters, without dropout."""
-    return {k: v for k, v in params.items() if k != LORA}, lora.bind(config.lora, params.get(LORA))
+def apart(
+    config: Config, params: Tree, key: jax.Array | None = None
+) -> tuple[Tree, lora.Adapters | None]:
+    """A joined tree as the model's own leaves and its adapters; `key` draws their dropout."""
+    base = {name: part for name, part in params.items() if name != LORA}
+    return base, lora.bind(config.lora, params.get(LORA), key)
 
 
 def check_base(saved: str | None, now: str | None, folder: Path, out: Path) -> None:
