@@ -225,7 +225,7 @@ def test_typed_overrides():
         (
             "stages: {rw: {stages: {}}}\n",
             "configs/x.yaml:1: unknown key 'stages' in stages.rw; allowed: model, data, train, "
-            "optimizer, srpo, mesh, seed",
+            "optimizer, lora, srpo, mesh, seed",
         ),
         (
             "train:\n  steps: abc\n",
