@@ -46,6 +46,9 @@ PreferenceLoss = Literal[
 # Steps over which the fall of the chosen log-probs is averaged (srpo.max_chosen_drop).
 DROP_WINDOW = 5
 STAGES: tuple[str, ...] = get_args(Stage)
+# The matrices of a decoder that adapters can join, those of every layer first.
+LAYER_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROJECTIONS = (*LAYER_PROJECTIONS, "lm_head")
 
 
 # ---- the tree ------------------------------------------------------------------------------------
@@ -75,6 +78,11 @@ class ModelConfig(Section):
     )
     param_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="dtype of the master weights and optimizer moments"
+    )
+    frozen_dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None,
+        description="dtype of the weights that do not train (lora.rank, train.freeze), such as "
+        "bfloat16 under float32 adapters; null = model.param_dtype",
     )
     remat: Literal["none", "dots", "full"] = Field(
         default="full",
@@ -154,6 +162,12 @@ class TrainConfig(Section):
     micro_rows: int = Field(
         default=1, ge=1, description="packed rows of one forward and backward pass"
     )
+    freeze: str | list[str] | None = Field(
+        default=None,
+        description="weights that do not train: regular expressions searched in parameter names "
+        "such as model/layers/mlp/up_proj/weight; none = all train; null = none without adapters, "
+        "the whole model with them",
+    )
     save_every: int = Field(default=50, ge=1, description="optimizer steps between checkpoints")
     keep: int = Field(default=2, ge=1, description="newest checkpoints that stay on disk")
     log_every: int = Field(default=1, ge=1, description="optimizer steps between logged metrics")
@@ -192,6 +206,33 @@ class OptimizerConfig(Section):
     eps: float = Field(default=1e-8, gt=0, description="added to the update's denominator")
     max_grad_norm: float = Field(
         default=1.0, ge=0, description="global L2 norm gradients are clipped to; 0 = no clipping"
+    )
+
+
+class LoRAConfig(Section):
+    """Low-rank adapters beside the matrices of the model."""
+
+    rank: int = Field(default=0, ge=0, description="columns of A and rows of B; 0 = no adapters")
+    alpha: float = Field(
+        default=32.0, gt=0, description="the adapters' product is scaled by alpha / rank"
+    )
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share (0 to 1) of an adapter's inputs that training sets to zero",
+    )
+    targets: str | list[str] | None = Field(
+        default=None,
+        description="the matrices with an adapter, out of " + ", ".join(PROJECTIONS) + "; null = "
+        "all of the layers, all = those and lm_head",
+    )
+    rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) instead (rsLoRA)")
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="peak learning rate of the adapters, on optimizer's schedule; null = "
+        "optimizer.learning_rate",
     )
 
 
@@ -323,12 +364,18 @@ class Config(Section):
     optimizer: OptimizerConfig = Field(
         default_factory=OptimizerConfig, description="the optimizer and its learning rate"
     )
+    lora: LoRAConfig = Field(
+        default_factory=LoRAConfig, description="low-rank adapters beside the model's matrices"
+    )
     srpo: SRPOConfig = Field(
         default_factory=SRPOConfig, description="preference optimisation; rw does not read it"
     )
     mesh: MeshConfig = Field(default_factory=MeshConfig, description="how the devices are laid out")
     seed: int = Field(
-        default=0, ge=0, lt=2**32, description="seed of every random draw (order of the rows)"
+        default=0,
+        ge=0,
+        lt=2**32,
+        description="seed of every random draw: order of the rows, adapters, dropout",
     )
 
     @model_validator(mode="after")
@@ -363,6 +410,7 @@ class Config(Section):
                     f"{default}"
                 )
         _check_srpo(srpo, train)
+        _check_adapters(self)
         for axis, size in self.mesh:
             if size == 0:
                 raise ValueError(f"mesh.{axis}=0: expected at least 1 device, or -1 for the rest")
@@ -427,6 +475,40 @@ def _check_srpo(srpo: SRPOConfig, train: TrainConfig) -> None:
         raise ValueError(
             f"srpo.on_drop=rollback needs a checkpoint from {DROP_WINDOW} steps ago: "
             f"train.keep={train.keep} and train.save_every={train.save_every} keep none"
+        )
+
+
+def names(value: str | list[str] | None) -> list[str]:
+    """A setting that takes one text or several, as a list."""
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+def _check_adapters(config: Config) -> None:
+    """Combinations of adapters and of what is frozen."""
+    lora, freeze = config.lora, names(config.train.freeze)
+    for key, value in lora:
+        if key != "rank" and not lora.rank and value != type(lora).model_fields[key].default:
+            raise ValueError(f"lora.{key}={_as_typed(value)} has no meaning with lora.rank=0")
+    for name in names(lora.targets):
+        if name not in PROJECTIONS and lora.targets != "all":
+            raise ValueError(f"lora.targets: unknown matrix {name!r}{_nearest(name, PROJECTIONS)}")
+    if len(set(names(lora.targets))) < len(names(lora.targets)):
+        raise ValueError(
+            f"lora.targets: a matrix is given twice in {', '.join(lora.targets or ())}"
+        )
+    if "none" in freeze and len(freeze) > 1:
+        raise ValueError("train.freeze: none stands alone, got " + ", ".join(freeze))
+    for pattern in freeze:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"train.freeze: {pattern!r} is not a regular expression: {error}"
+            ) from None
+    if config.model.frozen_dtype and freeze in (["none"], []) and not (lora.rank and not freeze):
+        raise ValueError(
+            f"model.frozen_dtype={config.model.frozen_dtype} has no meaning where every weight "
+            "trains; set lora.rank or train.freeze"
         )
 
 
@@ -612,18 +694,16 @@ def _read_overrides(overrides: Sequence[str]) -> dict[str, dict[str, Setting]]:
         if not equals:
             raise ValueError(f"--{flag}: needs a value: --{flag}=VALUE")
         where = f"--{flag}={text}"
-        values = _parse_list(text, where) if _takes_list(field) else _parse(text, field, where)
+        null = type(None) in _members(field) and text in ("", "~", "null")
+        listed = _takes_list(field) and not null
+        values = _parse_list(text, where) if listed else _parse(text, field, where)
         earlier = found[stage].get(name)
         if earlier is not None:
             if not _takes_list(field):
                 raise ValueError(f"{where}: given twice, first as {earlier.where}")
-            values = [*_as_list(earlier.value), *_as_list(values)]
+            values = [*names(earlier.value), *names(values)]
         found[stage][name] = Setting(values, where)
     return found
-
-
-def _as_list(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value
 
 
 def _option(flag: str, flags: Iterable[str] = ()) -> tuple[str, str]:

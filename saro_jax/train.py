@@ -9,13 +9,15 @@ writes nothing, and exits with 2 where the run cannot work.
 
 The same command continues a run that was stopped. OUT holds config.yaml, provenance.json,
 metrics.jsonl, doctor.jsonl, rejects.jsonl, checkpoints/, tensorboard/ and, at the end, model/: a
-Hugging Face folder. Ctrl-C and SIGTERM save and end with exit code 130 and 143.
+Hugging Face folder, adapters merged in, and with lora.rank adapter/: the same adapters as a PEFT
+folder. Ctrl-C and SIGTERM save and end with exit code 130 and 143.
 """
 
 import json
 import logging
 import math
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +42,7 @@ from saro_jax.objectives.preference import REFERENCE_FREE
 from saro_jax.parallel import mesh as meshes
 from saro_jax.parallel import sharding
 from saro_jax.text import chat
-from saro_jax.training import doctor, loop, metrics, mismatch, optimizer, reference, step
+from saro_jax.training import doctor, loop, metrics, mismatch, optimizer, reference, step, trainable
 from saro_jax.training.checkpoint import Checkpoints, abstract
 from saro_jax.training.finding import Finding, refuse, report
 from saro_jax.training.memory import GIB, device_memory, estimate, parameters
@@ -66,10 +68,9 @@ class Source:
 
     def load(self) -> Any:
         """Its parameters, read straight to their shards."""
-        dtype = jnp.dtype(self.config.model.param_dtype)
-        shapes = step.abstract_params(self.arch, dtype)
+        shapes = trainable.abstract_model(self.arch, self.config)
         return huggingface.load_params(
-            self.folder, self.arch, dtype, sharding.shardings(self.mesh, shapes)
+            self.folder, self.arch, shapes, sharding.shardings(self.mesh, shapes)
         )
 
 
@@ -176,6 +177,7 @@ def prepare(config: Config, stage: str) -> Prepared:
     folder = hub.resolve(config.model.path, config.model.revision)
     arch = huggingface.load_architecture(folder)
     decoder.check_length(arch, config.data.max_length)
+    trainable.trained_names(arch, config)  # refuses now what nothing could train with
     tokenizer = chat.load_tokenizer(folder, config.model.chat_template)
     source = Source(folder, arch, tokenizer, mesh, config)
     training = _read(config, stage, source, shape, config.data.train)
@@ -205,7 +207,6 @@ def _train(prepared: Prepared, out: Path) -> int:
     fresh = not any((out / "checkpoints").glob("[0-9]*"))
     watch = Watch(out / "doctor.jsonl", config, stage, fresh=fresh)
     watch.say(findings, ("warning", "error"))
-    logps = eval_logps = None
     logps = eval_logps = mismatches = eval_mismatches = None
     kinds = _kinds(stage, [*items, *evaluation_items])
     rows_of = pipeline.plan(
@@ -237,10 +238,12 @@ def _train(prepared: Prepared, out: Path) -> int:
         numbers = _kind_numbers(evaluation_items, kinds)
         evaluation = loop.Evaluation(packed, eval_logps, numbers, eval_mismatches)
 
-    transform = optimizer.make(config.optimizer, steps)
+    transform = optimizer.make(config.optimizer, steps, config.lora)
+    trained, frozen = trainable.start(source.arch, config, params, mesh)
+    base = huggingface.weights_hash(source.folder) if frozen else None
     resident = stage == "srpo" and config.srpo.reference == "resident"
-    state = step.init_state(transform, params, mesh, resident=resident)
-    del params
+    state = step.init_state(transform, trained, mesh, resident=resident)
+    del params, trained
     iterator = pipeline.steps(items, rows_of, shape, config.data.prefetch)
     checkpoints = Checkpoints(out / "checkpoints", config.train.keep)
     tokens_before, window_before, recent_before = 0, [], []
@@ -249,6 +252,7 @@ def _train(prepared: Prepared, out: Path) -> int:
         wanted = abstract(state)
         del state  # the restored arrays take its place
         state, saved = checkpoints.restore(latest, wanted)
+        trainable.check_base(saved.get("base"), base, source.folder, out)
         state = step.owned(state)
         iterator.set_state(saved["iterator"])
         tokens_before, window_before = saved["num_tokens"], saved["window"]
@@ -277,6 +281,8 @@ def _train(prepared: Prepared, out: Path) -> int:
             kinds=kinds,
             mismatches=mismatches,
             recent_before=recent_before,
+            frozen=frozen,
+            base=base,
         )
     finally:
         writer.close()
@@ -286,7 +292,7 @@ def _train(prepared: Prepared, out: Path) -> int:
             f"stopped at step {int(state.step)} of {steps}; the same command continues", flush=True
         )
         return 128 + stopped
-    _export(config, source, state.params, out / "model")
+    _export(config, source, trainable.join(state.params, frozen), out / "model")
     return 0
 
 
@@ -470,9 +476,12 @@ def _summary(prepared: Prepared) -> str:
     rows_of = config.train.batch_rows
     tokens = sum(loop.sequence_tokens(item) for item in items) / len(items)
     laid_out = sum(laid_out_length(item, shape.layout) for item in items) / len(items)
+    trained, frozen = trainable.abstract(arch, config)
+    learning = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    part = f", {learning / 1e6:.2f}M trained" if frozen or config.lora.rank else ""
     need = estimate(config, stage, arch, shape, prepared.source.mesh).total
     return (
-        f"{stage}: {parameters(arch) / 1e6:.1f}M parameters ({config.model.dtype}), "
+        f"{stage}: {parameters(arch) / 1e6:.1f}M parameters ({config.model.dtype}){part}, "
         f"{len(items)} rows, {tokens * rows_of:.0f} tokens per step "
         f"({laid_out * rows_of:.0f} computed, rows of {shape.row_length}), "
         f"{prepared.steps} steps, {jax.device_count()} x {jax.devices()[0].device_kind} of "
@@ -497,7 +506,7 @@ def _reference(source: Source, params, items, groups, shape: Shape) -> np.ndarra
             store,
             reference.model_key(
                 huggingface.weights_hash(source.folder),
-                f"{config.model.param_dtype} {config.model.dtype}",
+                _dtypes(config),
                 repr(source.arch),  # RoPE, norms: what config.json says beside the weights
                 reference.tokenizer_key(source.tokenizer),
                 shape.layout,
@@ -513,6 +522,15 @@ def _reference(source: Source, params, items, groups, shape: Shape) -> np.ndarra
         store.close()
 
 
+def _dtypes(config: Config) -> str:
+    """What the weights are rounded to before they are used, which moves a log-prob."""
+    model = config.model
+    text = f"{model.param_dtype} {model.dtype}"
+    if model.frozen_dtype not in (None, model.param_dtype):
+        text += f" {model.frozen_dtype} {config.train.freeze}"
+    return text
+
+
 def _packing(config: Config, items, groups, shape: Shape) -> str:
     """In bfloat16, which rows lie beside which: it moves a log-prob, and step 0 must be exact."""
     if config.model.dtype != "bfloat16":
@@ -522,19 +540,30 @@ def _packing(config: Config, items, groups, shape: Shape) -> str:
 
 
 def _export(config: Config, source: Source, params, out: Path) -> None:
-    """Write the Hugging Face folder and compare it with this model before it gets its name."""
-    template = source.tokenizer.chat_template if config.model.chat_template else None
-    checked = out.with_name("model.unchecked")
-    if checked.exists():
-        import shutil
+    """Write the Hugging Face folder and compare it with this model before it gets its name.
 
-        shutil.rmtree(checked)
-    huggingface.save(params, source.arch, source.folder, checked, chat_template=template)
-    worst = huggingface.logits_match(checked, params, source.arch)
+    `params` with adapters: they are merged into that folder, and alone in adapter/ beside it.
+    """
+    params, adapters = trainable.apart(config, params)
+    template = source.tokenizer.chat_template if config.model.chat_template else None
+    checked, beside = out.with_name("model.unchecked"), out.with_name("adapter")
+    for stale in (checked, beside):
+        if stale.exists():
+            shutil.rmtree(stale)
+    huggingface.save(
+        params, source.arch, source.folder, checked, chat_template=template, adapters=adapters
+    )
+    worst = huggingface.logits_match(checked, params, source.arch, None, adapters)
     if worst is not None and not worst <= EXPORT_TOLERANCE:  # NaN too
         raise ValueError(
             f"{checked}: transformers' logits differ by {worst:.2e}, allowed {EXPORT_TOLERANCE:.0e}"
         )
+    why_not = trainable.why_no_peft(source.arch, config)
+    if adapters is not None and why_not:
+        print(f"no adapter/: {why_not}", flush=True)
+    elif adapters is not None:
+        huggingface.save_peft(adapters, trainable.peft_settings(config, source.folder), beside)
+        print(f"the adapters are in {beside}", flush=True)
     os.replace(checked, out)
     agreed = f" (transformers agrees to {worst:.1e})" if worst is not None else ""
     print(f"the model is in {out}{agreed}", flush=True)

@@ -24,7 +24,7 @@ from saro_jax.config import (
     recipe_path,
 )
 
-RECIPES = ("quickstart", "smollm2_135m", "qwen2.5_0.5b", "llama3.1_8b")
+RECIPES = ("quickstart", "smollm2_135m", "qwen2.5_0.5b", "llama3.1_8b", "llama3.1_8b_lora")
 RECIPE = """\
 # a recipe
 model:
@@ -169,6 +169,13 @@ def test_a_repeated_list_override_adds_up():
     assert load(None, ["--data.train=[a]"], "rw").data.train == ["a"]
 
 
+def test_a_list_that_may_be_null_takes_null_as_an_override():
+    path = write("data: {train: x}\ntrain: {freeze: [mlp, norm]}\n")
+    assert load(path, [], "rw").train.freeze == ["mlp", "norm"]
+    assert load(path, ["--train.freeze=null"], "rw").train.freeze is None
+    assert load(path, ["--train.freeze=none"], "rw").train.freeze == "none"
+
+
 def test_typed_overrides():
     flags = ["--train.tensorboard=false", "--mesh.fsdp=-1", "--model.remat=none"]
     config = load(None, [*flags, "--train.wandb=off", "--data.row_length=null"], "srpo")
@@ -220,7 +227,7 @@ def test_typed_overrides():
         (
             "stages: {rw: {stages: {}}}\n",
             "configs/x.yaml:1: unknown key 'stages' in stages.rw; allowed: model, data, train, "
-            "optimizer, srpo, mesh, seed",
+            "optimizer, lora, srpo, mesh, seed",
         ),
         (
             "train:\n  steps: abc\n",
@@ -433,6 +440,38 @@ def test_an_override_given_twice_is_refused():
             ["--optimizer.name=sgd", "--optimizer.b2=0.9"],
             "--optimizer.b2=0.9: optimizer.b2=0.9 has no meaning with optimizer.name=sgd; leave it "
             "at 0.95",
+        ),
+        (
+            ["--lora.alpha=8"],
+            "--lora.alpha=8: lora.alpha=8.0 has no meaning with lora.rank=0",
+        ),
+        (
+            ["--lora.rank=4", "--lora.targets=q_proj,up_prj"],
+            "--lora.targets=q_proj,up_prj: lora.targets: unknown matrix 'up_prj'; did you mean "
+            "'up_proj'?",
+        ),
+        (
+            ["--lora.rank=4", "--lora.targets=q_proj,q_proj"],
+            "--lora.targets=q_proj,q_proj: lora.targets: a matrix is given twice in q_proj, q_proj",
+        ),
+        (
+            ["--train.freeze=none,mlp"],
+            "--train.freeze=none,mlp: train.freeze: none stands alone, got none, mlp",
+        ),
+        (
+            ["--train.freeze=mlp(", "--lora.rank=4"],
+            "--train.freeze=mlp(: train.freeze: 'mlp(' is not a regular expression: missing ), "
+            "unterminated subpattern at position 3",
+        ),
+        (
+            ["--model.frozen_dtype=bfloat16"],
+            "--model.frozen_dtype=bfloat16: model.frozen_dtype=bfloat16 has no meaning where every "
+            "weight trains; set lora.rank or train.freeze",
+        ),
+        (
+            ["--model.frozen_dtype=bfloat16", "--lora.rank=4", "--train.freeze=none"],
+            "--model.frozen_dtype=bfloat16: model.frozen_dtype=bfloat16 has no meaning where every "
+            "weight trains; set lora.rank or train.freeze",
         ),
         (
             ["--model.revision=main"],

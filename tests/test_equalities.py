@@ -23,7 +23,7 @@ from saro_jax import train
 from saro_jax.config import Config
 from saro_jax.data.packing import Rows, Shape, arrange, pack
 from saro_jax.parallel import mesh as meshes
-from saro_jax.training import loop, step
+from saro_jax.training import loop, step, trainable
 from saro_jax.training.scoring import make_scorer, put, score_items, score_tokens, sum_sequences
 
 ITEMS = {kind: tiny.items(kind) for kind in ("sft", "preference")}
@@ -160,29 +160,33 @@ def test_recomputing_activations_changes_nothing(remat):
     close(plain[1], again[1])
 
 
+def config_of(**lora):
+    parts = {"data": {"train": "x"}, "model": {"dtype": "float32", "remat": "none"}, "lora": lora}
+    return Config.model_validate(parts)
+
+
 @cache
-def programs_of(stage):
-    parts = {"data": {"train": "x"}, "model": {"dtype": "float32", "remat": "none"}}
-    return step.programs(tiny.ARCH, Config.model_validate(parts), stage, optax.identity())
+def programs_of(stage, rank=0):
+    return step.programs(tiny.ARCH, config_of(rank=rank), stage, optax.identity())
 
 
-@pytest.mark.parametrize(("stage", "kind"), [("rw", "sft"), ("srpo", "preference")])
-def test_accumulated_blocks_equal_one_block(stage, kind):
-    programs = programs_of(stage)
+@pytest.mark.parametrize(
+    ("stage", "kind", "rank"),
+    [("rw", "sft", 0), ("srpo", "preference", 0), ("srpo", "preference", 4)],
+)
+def test_accumulated_blocks_equal_one_block(stage, kind, rank):
+    programs = programs_of(stage, rank)
     mesh = meshes.make_mesh()
-    reference = tiny.segments(FACTORS - 40.0)
+    given = tiny.segments(FACTORS - 40.0) if stage == "srpo" else None
+    trained, frozen = trainable.start(tiny.ARCH, config_of(rank=rank), params(), mesh)
+    if rank:  # a B that is not 0, for A to have a gradient
+        trained = jax.tree.map(lambda x: x + 0.05, trained)
 
     def whole_step(rows):
         blocks = list(pack(ITEMS[kind], range(8), row_length=96, rows=rows, layout="shared"))
-        gradient = programs.zeros(params())
-
-        def call(*block):
-            nonlocal gradient
-            gradient, sums = programs.accumulate(params(), gradient, *block)
-            return sums
-
-        sums = loop.run_blocks(mesh, stage, blocks, reference if stage == "srpo" else None, call)
-        return len(blocks), loop.summarise(stage, jax.device_get(sums)), gradient
+        gradients = loop.Gradients(programs, trained, frozen)
+        sums = loop.run_blocks(mesh, stage, blocks, given, gradients.add)
+        return len(blocks), loop.summarise(stage, jax.device_get(sums)), gradients.sum
 
     with jax.set_mesh(mesh):
         many, many_means, many_gradient = whole_step(1)
@@ -243,10 +247,11 @@ def test_at_step_0_the_policy_is_the_reference(layout, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("layout", ["shared", "separate"])
-def test_at_step_0_bfloat16_is_the_reference_exactly(layout, tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [("shared",), ("separate",), ("shared", "--lora.rank=4")])
+def test_at_step_0_bfloat16_is_the_reference_exactly(options, tmp_path, monkeypatch):
     # The reference is scored on the very rows of the step; every pair is a tie.
-    found = check_step_0("bfloat16", tmp_path, monkeypatch, f"--srpo.layout={layout}")
+    layout, *more = options
+    found = check_step_0("bfloat16", tmp_path, monkeypatch, f"--srpo.layout={layout}", *more)
     assert found == [0.0, 0.0, 0.0, 0.5]
 
 
@@ -285,6 +290,7 @@ def watched(**arguments):
 
     def accumulate(params, gradients, *rest):
         note("used", params, mesh)
+        note("frozen", rest[3], mesh)
         gradients, sums = programs.accumulate(params, gradients, *rest)
         note("gradient", gradients, mesh)
         return gradients, sums
@@ -305,12 +311,15 @@ specs.write_text(json.dumps(found))
 """
 
 
-def test_sharded_over_eight_devices_equals_one_device(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "more", [(), ("--lora.rank=4", "--lora.targets=all", "--train.freeze=mlp")]
+)
+def test_sharded_over_eight_devices_equals_one_device(more, tmp_path, monkeypatch):
     tiny.folder()
     monkeypatch.setattr(train.huggingface, "logits_match", lambda *_: None)
     one, eight, specs = tmp_path / "one", tmp_path / "eight", tmp_path / "specs.json"
     # A large eps: Adam turns rounding errors of a gradient near 0 into whole steps.
-    options = ("--train.micro_rows=4", "--optimizer.eps=1e-3", "--train.save_every=1")
+    options = ("--train.micro_rows=4", "--optimizer.eps=1e-3", "--train.save_every=1", *more)
     assert train.main(tiny.arguments("srpo", one, *options)) == 0
     mesh = (
         *(f"--mesh.{axis}=2" for axis in meshes.AXES),
@@ -343,4 +352,5 @@ def test_sharded_over_eight_devices_equals_one_device(tmp_path, monkeypatch):
     start = load_file(tiny.folder() / "model" / "model.safetensors")
     for name, value in a.items():
         np.testing.assert_allclose(value, b[name], rtol=0, atol=1e-5, err_msg=name)
-        assert np.abs(value - start[name]).max() > 1e-4, name
+        before = start.get(name, start["model.embed_tokens.weight"])  # an untied lm_head
+        assert np.abs(value - before).max() > 1e-4, name

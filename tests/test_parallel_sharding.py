@@ -9,8 +9,8 @@ import tiny
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from saro_jax.config import OptimizerConfig
-from saro_jax.models import decoder
+from saro_jax.config import LoRAConfig, OptimizerConfig
+from saro_jax.models import decoder, lora
 from saro_jax.models.architecture import from_hf
 from saro_jax.parallel import mesh as meshes
 from saro_jax.parallel import sharding
@@ -60,6 +60,20 @@ def test_the_table():
     for name in ("self_attn/o_proj", "mlp/down_proj"):
         assert found[f"model/layers/{name}/weight"] == P(None, "tensor", "fsdp")
         assert found[f"model/layers/{name}/bias"] == P()
+
+
+def test_adapters_are_cut_like_their_matrix_and_never_along_their_rank():
+    arch = from_hf(tiny.CONFIG | FAMILIES["untied"])
+    config = LoRAConfig(rank=3, targets="all")  # no axis divides 3
+    adapters = lora.abstract(config, arch, shapes("untied"), jnp.float32)
+    found = specs({"lora": adapters})
+    matrices = specs(shapes("untied"))
+    assert len(found) == 16
+    for name, spec in found.items():
+        matrix = matrices[name.removeprefix("lora/").rpartition("/")[0] + "/weight"]
+        rows, columns = matrix[-2:] if "layers" in name else matrix[::-1]
+        wanted = (rows, None) if name.endswith("lora_A") else (None, columns)
+        assert tuple(spec)[-2:] == wanted, name
 
 
 def test_layers_are_never_cut():

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel
 from safetensors.numpy import load_file, save_file
 
-from saro_jax import train
+from saro_jax import export, train
 from saro_jax.config import Config
 from saro_jax.training import loop, metrics
 
@@ -33,6 +33,7 @@ PAIR_METRICS |= {
 # A run whose chosen log-probs fall: the anchored loss that lowers both branches.
 FALL = ("--srpo.loss=apo_down", "--train.steps=9", "--train.save_every=1", "--train.keep=7")
 LONG = ("--train.steps=10", "--train.save_every=5")
+LORA = ("--lora.rank=2",)
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +171,7 @@ KILLED = """
 import json, os, signal, sys, time
 from pathlib import Path
 import tiny
-from saro_jax import train
+from saro_jax import export, train
 from saro_jax.training import metrics
 
 write = metrics.Writer.write
@@ -191,6 +192,22 @@ train.main(json.loads(sys.argv[1]))
 def test_a_killed_run_goes_on_as_if_nothing_had_been(straight, tmp_path, capsys):
     out = tmp_path / "killed"
     arguments = tiny.arguments("rw", out, *LONG)
+    kill_and_go_on(arguments, out, capsys)
+    assert tiny.metrics(out) == tiny.metrics(straight / "rw")
+    assert weights(out) == weights(straight / "rw")
+
+
+def test_a_killed_run_with_adapters_goes_on_too(tmp_path, capsys):
+    out, whole = tmp_path / "killed", tmp_path / "whole"
+    options = (*LONG, *LORA, "--lora.dropout=0.3", "--train.freeze=mlp")
+    kill_and_go_on(tiny.arguments("rw", out, *options), out, capsys)
+    run("rw", whole, *options)
+    assert tiny.metrics(out) == tiny.metrics(whole)
+    assert weights(out) == weights(whole)
+
+
+def kill_and_go_on(arguments, out, capsys):
+    """Kill -9 at step 7, and the same command again."""
     child = subprocess.run(
         [sys.executable, "-c", KILLED, json.dumps(arguments), str(out)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
@@ -203,8 +220,6 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(straight, tmp_path, capsys)
         file.write('{"step": 8, "lo')
     assert train.main(arguments) == 0
     assert "continuing from step 5 of 10\n" in capsys.readouterr().out
-    assert tiny.metrics(out) == tiny.metrics(straight / "rw")
-    assert weights(out) == weights(straight / "rw")
 
 
 def signal_at(step, number, monkeypatch):
@@ -386,6 +401,65 @@ def test_a_wrong_command_line_is_one_line(arguments, words, capsys):
     assert said.startswith("error: ") and words in said and said.count("\n") == 1
 
 
+# ---- adapters ------------------------------------------------------------------------------------
+
+
+def test_a_run_with_adapters_leaves_both_exports_and_small_checkpoints(tmp_path, capsys):
+    out = run("srpo", tmp_path / "out", *LORA, "--lora.learning_rate=1e-2", "--train.steps=3")
+    said = capsys.readouterr().out
+    assert "M parameters (float32), 0.00M trained, " in said
+    assert f"the adapters are in {out / 'adapter'}\n" in said
+    first, _, third = tiny.metrics(out)
+    assert abs(first["loss"] - np.log(2)) <= 1e-6 and first["rewards/margins"] == 0.0
+    assert third["loss"] < 0.6
+    assert (first["learning_rate"], first["lora_learning_rate"]) == pytest.approx((1e-3, 1e-2))
+    # [2 layers, in + out] of seven matrices, in the state thrice: parameters and two moments.
+    files = [path for path in (out / "checkpoints" / "3").rglob("*") if path.is_file()]
+    base = (tiny.folder() / "model" / "model.safetensors").stat().st_size
+    assert sum(path.stat().st_size for path in files) < base / 2
+    start = load_file(tiny.folder() / "model" / "model.safetensors")
+    merged = load_file(out / "model" / "model.safetensors")
+    for name, value in merged.items():
+        assert (value != start[name]).any() == name.endswith("_proj.weight"), name
+    adapters = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert len(adapters) == 2 * 2 * 7
+    a, b = (
+        adapters[f"base_model.model.model.layers.1.mlp.up_proj.lora_{which}.weight"]
+        for which in "AB"
+    )
+    key = "model.layers.1.mlp.up_proj.weight"
+    np.testing.assert_allclose(merged[key], start[key] + 16 * b @ a, rtol=0, atol=1e-6)
+    again = {}
+    for form in ("merged", "peft"):
+        arguments = [f"--checkpoint={out}", f"--out={tmp_path / form}", f"--format={form}"]
+        assert export.main(arguments) == 0
+        (again[form],) = (path.read_bytes() for path in (tmp_path / form).glob("*.safetensors"))
+    assert again["merged"] == weights(out)
+    assert again["peft"] == (out / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_another_base_under_a_checkpoint_is_refused(tmp_path, capsys):
+    model = tiny.write_model(tmp_path / "model")
+    options = (*LORA, f"--model.path={model}", "--train.steps=1")
+    out = run("rw", tmp_path / "out", *options)
+    shutil.rmtree(out / "model")
+    shutil.rmtree(model)
+    tiny.write_model(model, seed=3)
+    run("rw", out, *options, code=2)
+    assert export.main([f"--checkpoint={out}", f"--out={tmp_path / 'x'}"]) == 2
+    for line in capsys.readouterr().err.splitlines():
+        assert line.startswith(f"error: {model}: the weights are not those that the run in {out} ")
+
+
+def test_a_model_that_trains_beside_its_adapters_has_no_adapter_folder(tmp_path, capsys):
+    out = run("rw", tmp_path / "out", *LORA, "--train.freeze=mlp", "--train.steps=1")
+    assert "no adapter/: 8 weights of the model were trained too" in capsys.readouterr().out
+    assert (out / "model").is_dir() and not (out / "adapter").exists()
+    arguments = [f"--checkpoint={out}", f"--out={tmp_path / 'x'}", "--format=peft"]
+    assert export.main(arguments) == 2
+    assert capsys.readouterr().err.startswith("error: --format=peft: 8 weights of the model ")
+
+
 # ---- every setting is read -----------------------------------------------------------------------
 
 
@@ -482,6 +556,7 @@ def settings(root: Path) -> dict[str, tuple]:
         "model.revision": ("rw", "main"),
         "model.dtype": ("rw", "bfloat16"),
         "model.param_dtype": ("rw", "bfloat16"),
+        "model.frozen_dtype": ("rw", "bfloat16", LORA),
         "model.remat": ("rw", "full", (), True),
         "model.chat_template": ("rw", f"{root}/template.jinja"),
         "data.train": ("rw", f"{root}/split/test.jsonl"),
@@ -494,6 +569,7 @@ def settings(root: Path) -> dict[str, tuple]:
             ("--data.max_length=60", "--data.max_reject_share=1"),
         ),
         "data.row_length": ("rw", "96"),
+        "data.pack_window": ("rw", "1", ("--data.row_length=96", "--train.batch_rows=2")),
         "data.row_buckets": ("rw", "4", ("--data.row_length=400",), True),
         "data.shuffle": ("rw", "false"),
         "data.workers": ("rw", "1"),
@@ -503,6 +579,7 @@ def settings(root: Path) -> dict[str, tuple]:
         "train.epochs": ("rw", "0.3", ("--train.steps=null",)),
         "train.batch_rows": ("rw", "3"),
         "train.micro_rows": ("rw", "1", (), True),
+        "train.freeze": ("rw", "mlp"),
         "train.save_every": ("rw", "1"),
         "train.keep": ("rw", "1", ("--train.save_every=1",)),
         "train.log_every": ("rw", "2"),
@@ -519,6 +596,12 @@ def settings(root: Path) -> dict[str, tuple]:
         "optimizer.b2": ("rw", "0.5", ("--train.steps=3",)),
         "optimizer.eps": ("rw", "0.01"),
         "optimizer.max_grad_norm": ("rw", "0.01", ("--optimizer.name=sgd",)),
+        "lora.rank": ("rw", "2"),
+        "lora.alpha": ("rw", "8", LORA),
+        "lora.dropout": ("rw", "0.5", LORA),
+        "lora.targets": ("rw", "q_proj", LORA),
+        "lora.rslora": ("rw", "true", LORA),
+        "lora.learning_rate": ("rw", "2e-3", LORA),
         "srpo.loss": ("srpo", "hinge"),
         "srpo.beta": ("srpo", "0.5"),
         "srpo.label_smoothing": ("srpo", "0.1"),

@@ -9,6 +9,7 @@ this file a model is its parameter tree, a nested dict with the same names ("par
 """
 
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from saro_jax.models.architecture import Architecture, inverse_frequencies
 from saro_jax.models.attention import SAVED as SAVED_ATTENTION
 from saro_jax.models.attention import Tokens, attend, attend_cache
 from saro_jax.models.dot import dot
+from saro_jax.models.lora import Adapters, LowRank
 from saro_jax.parallel.sharding import constrain_rows, whole_columns
 
 Params = dict[str, Any]
@@ -45,8 +47,10 @@ class Weight(nnx.Module):
         if bias:
             self.bias = nnx.Param(jnp.zeros(columns, F32))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, adapter: LowRank | None = None) -> jax.Array:
         y = dot(x, self.weight[...])
+        if adapter is not None:
+            y = y + adapter(x)
         return y + self.bias[...].astype(y.dtype) if hasattr(self, "bias") else y
 
 
@@ -80,18 +84,19 @@ class Attention(nnx.Module):
             self.q_norm = Norm(arch.head_dim, arch)
             self.k_norm = Norm(arch.head_dim, arch)
 
-    def __call__(self, x_BTD, arch: Architecture, rope: tuple[jax.Array, jax.Array], mix):
+    def __call__(self, x_BTD, arch: Architecture, rope, mix, adapters: dict[str, LowRank]):
         """`mix` turns (q, k, v) of this layer into the attention output and whatever it carries."""
         B, T, _ = x_BTD.shape
-        q = self.q_proj(x_BTD).reshape(B, T, arch.num_heads, arch.head_dim)
-        k = self.k_proj(x_BTD).reshape(B, T, arch.num_kv_heads, arch.head_dim)
-        v = self.v_proj(x_BTD).reshape(B, T, arch.num_kv_heads, arch.head_dim)
+        low = adapters.get
+        q = self.q_proj(x_BTD, low("q_proj")).reshape(B, T, arch.num_heads, arch.head_dim)
+        k = self.k_proj(x_BTD, low("k_proj")).reshape(B, T, arch.num_kv_heads, arch.head_dim)
+        v = self.v_proj(x_BTD, low("v_proj")).reshape(B, T, arch.num_kv_heads, arch.head_dim)
         if arch.qk_norm:
             q, k = self.q_norm(q, arch), self.k_norm(k, arch)
         q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         out_BTNH, carried = mix(q, k, v)
-        return self.o_proj(out_BTNH.reshape(B, T, -1)), carried
+        return self.o_proj(out_BTNH.reshape(B, T, -1), low("o_proj")), carried
 
 
 class Mlp(nnx.Module):
@@ -101,10 +106,12 @@ class Mlp(nnx.Module):
         self.up_proj = Weight(D, F, bias=arch.mlp_bias, rngs=rngs)
         self.down_proj = Weight(F, D, bias=arch.mlp_bias, rngs=rngs)
 
-    def __call__(self, x_BTD: jax.Array, arch: Architecture) -> jax.Array:
-        gate = checkpoint_name(self.gate_proj(x_BTD), "gate").astype(F32)
-        up = checkpoint_name(self.up_proj(x_BTD), "up").astype(F32)
-        return self.down_proj((_activation(gate, arch.hidden_act) * up).astype(x_BTD.dtype))
+    def __call__(self, x_BTD, arch: Architecture, adapters: dict[str, LowRank]) -> jax.Array:
+        low = adapters.get
+        gate = checkpoint_name(self.gate_proj(x_BTD, low("gate_proj")), "gate").astype(F32)
+        up = checkpoint_name(self.up_proj(x_BTD, low("up_proj")), "up").astype(F32)
+        h_BTF = (_activation(gate, arch.hidden_act) * up).astype(x_BTD.dtype)
+        return self.down_proj(h_BTF, low("down_proj"))
 
 
 class Layer(nnx.Module):
@@ -118,9 +125,10 @@ class Layer(nnx.Module):
             self.post_feedforward_layernorm = Norm(D, arch)
         self.mlp = Mlp(arch, rngs)
 
-    def __call__(self, x_BTD, arch: Architecture, rope, mix):
+    def __call__(self, x_BTD, arch: Architecture, rope, mix, adapters=MappingProxyType({})):
         with jax.named_scope("attention"):
-            h, carried = self.self_attn(self.input_layernorm(x_BTD, arch), arch, rope, mix)
+            low = adapters.get("self_attn", {})
+            h, carried = self.self_attn(self.input_layernorm(x_BTD, arch), arch, rope, mix, low)
             if arch.post_norms:
                 h = self.post_attention_layernorm(h, arch)
             x_BTD = constrain_rows(x_BTD + h)
@@ -128,7 +136,7 @@ class Layer(nnx.Module):
             before = (
                 self.pre_feedforward_layernorm if arch.post_norms else self.post_attention_layernorm
             )
-            h = self.mlp(before(x_BTD, arch), arch)
+            h = self.mlp(before(x_BTD, arch), arch, adapters.get("mlp", {}))
             if arch.post_norms:
                 h = self.post_feedforward_layernorm(h, arch)
             return constrain_rows(x_BTD + h), carried
@@ -250,12 +258,13 @@ def forward(
     *,
     dtype: Any = F32,
     remat: str = "none",
+    adapters: Adapters | None = None,
 ) -> jax.Array:
     """Hidden states after the final norm of packed rows, [B, T, D] in `dtype`.
 
     tokens_BT: int32 ids; where: segment, branch and position of each token (`attention.Tokens`).
-    remat: none | dots | full, what the backward pass computes again. Padding (segment 0) yields
-    finite, meaningless states.
+    remat: none | dots | full, what the backward pass computes again. adapters: `lora.bind`; they
+    join layer by layer inside the scan. Padding (segment 0) yields finite, meaningless states.
     """
 
     model, x_BTD, windows, variants, rope_of = _enter(
@@ -263,22 +272,30 @@ def forward(
     )
 
     def body(x_BTD, scanned):
-        layer, window, variant = scanned
+        layer, window, variant, *low = scanned
 
         def mix(q, k, v):
             scale, cap = arch.attention_scale, arch.attention_softcap
             return attend(q, k, v, where, window, scale, cap), None
 
-        return layer(x_BTD, arch, rope_of(variant), mix)
+        joined = {} if adapters is None else adapters.of_layer(*low)
+        return layer(x_BTD, arch, rope_of(variant), mix, joined)
 
-    x_BTD, _ = lax.scan(_remat(body, remat), x_BTD, (model.layers, windows, variants))
+    scanned = (model.layers, windows, variants)
+    if adapters is not None:
+        scanned += (adapters.layers(), jnp.arange(arch.num_layers))
+    x_BTD, _ = lax.scan(_remat(body, remat), x_BTD, scanned)
     return model.norm(x_BTD, arch)
 
 
-def logits(arch: Architecture, params: Params, hidden: jax.Array) -> jax.Array:
+def logits(
+    arch: Architecture, params: Params, hidden: jax.Array, adapter: LowRank | None = None
+) -> jax.Array:
     """float32 logits [..., V] of hidden states [..., D]; for a few positions, not a whole row."""
     weight = head(arch, params).astype(hidden.dtype)
     out = jnp.einsum("...D,VD->...V", hidden, weight, preferred_element_type=F32)
+    if adapter is not None:
+        out = out + adapter(hidden).astype(F32)
     return soft_cap(out, arch.final_softcap)
 
 

@@ -14,10 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saro_jax.models import decoder, gguf
+from saro_jax.models import decoder, gguf, lora
 from saro_jax.models.architecture import Architecture, from_hf
 from saro_jax.models.attention import Tokens
-from saro_jax.models.weights import Tensor, new_folder, read_folder, weight_files, write_folder
+from saro_jax.models.lora import Adapters
+from saro_jax.models.weights import (
+    Tensor,
+    new_folder,
+    read_folder,
+    weight_files,
+    write_file,
+    write_folder,
+)
 
 Params = dict[str, Any]
 _LAYERS = "model.layers."
@@ -66,13 +74,15 @@ def load_params(
     """Read the weights of a Hugging Face folder or a .gguf file as the decoder's parameter tree.
 
     Every leaf is set exactly once and every key of the files is used, or it is a ValueError.
+    `dtype`: of all leaves, or a tree like the parameters of `jax.ShapeDtypeStruct`.
     `shardings`: a tree like the parameters, of `jax.sharding.Sharding`; None puts every leaf on
     the default device. One stacked leaf at a time is filled, one tensor at a time is read, so the
     host holds one leaf and one tensor beyond what already is on the devices.
     """
     path = Path(path)
     tensors = gguf.read_tensors(path) if path.suffix == ".gguf" else read_folder(path)
-    leaves, tree = jax.tree_util.tree_flatten_with_path(decoder.abstract_params(arch, dtype))
+    wanted = dtype if isinstance(dtype, dict) else decoder.abstract_params(arch, dtype)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(wanted)
     keys = {_key(where): _file_keys(_key(where), leaf.shape) for where, leaf in leaves}
     _check(path, tensors, {_key(where): leaf.shape for where, leaf in leaves}, keys, arch)
     places = [None] * len(leaves) if shardings is None else tree.flatten_up_to(shardings)
@@ -102,12 +112,15 @@ def save(
     dtype: str = "float32",
     max_shard_bytes: float = 5e9,
     chat_template: str | None = None,
+    adapters: Adapters | None = None,
 ) -> None:
     """Write `params` as a Hugging Face folder that transformers, vLLM and llama.cpp read.
 
     Config, tokenizer, chat template and licence come from `source_folder` (or .gguf file), where
-    the model was loaded from; `chat_template` (jinja text) replaces the template. The folder
-    appears whole at the end. In a multi-host run every process must call this; the first writes.
+    the model was loaded from; `chat_template` (jinja text) replaces the template. `adapters` are
+    merged into their matrices in float32, one at a time; one of a tied lm_head unties it, since it
+    changes the output only. The folder appears whole at the end. In a multi-host run every process
+    must call this; the first writes.
     """
     source, out = Path(source_folder), Path(out_folder)
     if dtype not in ("float32", "bfloat16"):
@@ -115,7 +128,7 @@ def save(
     expected = decoder.abstract_params(load_architecture(source), dtype)
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, expected):
         raise ValueError(f"{source}: the parameters do not have the shapes of this model")
-    entries = list(_export(params, arch.num_layers, jnp.dtype(dtype)))
+    entries = list(_export(params, arch.num_layers, jnp.dtype(dtype), adapters))
     if jax.process_count() > 1 and jax.process_index() > 0:
         for *_, read in entries:
             read()  # takes part in gathering
@@ -127,6 +140,8 @@ def save(
                 config.pop(key, None)
             for key in {"torch_dtype", "dtype"} & config.keys() or {"torch_dtype"}:
                 config[key] = dtype
+            if any(key == _TIED[0] for key, *_ in entries):
+                config["tie_word_embeddings"] = False
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             _copy_files(source, partial)
             if chat_template is not None:  # transformers prefers this file to the tokenizer's key
@@ -135,6 +150,39 @@ def save(
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices("saro_jax.models.huggingface.save")
+
+
+def save_peft(adapters: Adapters, settings: dict[str, Any], out_folder: str | Path) -> None:
+    """Write adapters as a folder that `peft.PeftModel.from_pretrained` puts on the base model.
+
+    settings: `lora.peft_config`. Float32, one safetensors file. In a multi-host run every process
+    must call this; the first writes.
+    """
+    entries = []
+    for name, leaves in lora.matrices(adapters.tree):
+        for which in ("lora_A", "lora_B"):
+            leaf = leaves[which]
+            layers = [None] if leaf.ndim == 2 else list(range(leaf.shape[0]))
+            for layer in layers:
+                place = name if layer is None else _layer_key(name, layer)
+                read = _transposed(leaf, layer)
+                key = f"base_model.model.{place}.{which}.weight"
+                entries.append((key, leaf.shape[:-3:-1], np.dtype(np.float32), read))
+    if jax.process_count() > 1 and jax.process_index() > 0:
+        for *_, read in entries:
+            read()
+        return
+    with new_folder(Path(out_folder)) as partial:
+        write_file(partial / "adapter_model.safetensors", entries)
+        (partial / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _transposed(leaf: jax.Array, layer: int | None):
+    return lambda: _to_host(leaf, layer).T.astype(np.float32)
+
+
+def _layer_key(key: str, layer: int) -> str:
+    return f"{_LAYERS}{layer}.{key.removeprefix(_LAYERS)}"
 
 
 def weights_hash(path: str | Path) -> str:
@@ -148,7 +196,11 @@ def weights_hash(path: str | Path) -> str:
 
 
 def logits_match(
-    folder: str | Path, params: Params, arch: Architecture, tokens: list[int] | None = None
+    folder: str | Path,
+    params: Params,
+    arch: Architecture,
+    tokens: list[int] | None = None,
+    adapters: Adapters | None = None,
 ) -> float | None:
     """Largest difference between transformers' logits of `folder` and ours of `params`, in float32.
 
@@ -171,8 +223,11 @@ def logits_match(
     ones = jnp.ones_like(tokens_BT)
     where = Tokens(ones, 0 * ones, jnp.arange(len(tokens), dtype=jnp.int32)[None])
     with jax.default_matmul_precision("highest"):
-        hidden_BTD = decoder.forward(arch, params, tokens_BT, where, dtype=jnp.float32)
-        ours_BTV = decoder.logits(arch, params, hidden_BTD)
+        hidden_BTD = decoder.forward(
+            arch, params, tokens_BT, where, dtype=jnp.float32, adapters=adapters
+        )
+        head = None if adapters is None else adapters.of_head()
+        ours_BTV = decoder.logits(arch, params, hidden_BTD, head)
     return float(np.abs(np.asarray(ours_BTV)[0] - theirs_TV).max())
 
 
@@ -247,17 +302,30 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return data[start : start + size].view(dtype).reshape(shape)
 
 
-def _export(params: Params, layers: int, dtype: np.dtype) -> Iterator[tuple[str, Any, Any, Any]]:
-    """(key, shape, dtype, read) of every tensor in the order of the layers."""
+def _export(
+    params: Params, layers: int, dtype: np.dtype, adapters: Adapters | None = None
+) -> Iterator[tuple[str, Any, Any, Any]]:
+    """(key, shape, dtype, read) of every tensor in the order of the layers, adapters merged in."""
     flat = {_key(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     stacked = [key for key in flat if key.startswith(_LAYERS)]
+    low = {} if adapters is None else dict(lora.matrices(adapters.tree))
 
-    def entry(key: str, file_key: str, layer: int | None):
+    def merged(key: str, data: np.ndarray, layer: int | None) -> np.ndarray:
+        leaves = low.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
+        if leaves is None or adapters is None:
+            return data
+        a, b = (_to_host(leaves[which], layer) for which in ("lora_A", "lora_B"))
+        table = key == _TIED[0]  # [V, D], as the file has it: [out, in]
+        summed = lora.merge(data.T if table else data, a, b, adapters.scale)
+        return summed.T if table else summed
+
+    def entry(key: str, file_key: str, layer: int | None, source: str | None = None):
+        leaf = flat[source or key]
         transposed = key.endswith(_TRANSPOSED)
-        shape = flat[key].shape if layer is None else flat[key].shape[1:]
+        shape = leaf.shape if layer is None else leaf.shape[1:]
 
         def read() -> np.ndarray:
-            data = _to_host(flat[key], layer)
+            data = merged(key, _to_host(leaf, layer), layer)
             return (data.T if transposed else data).astype(dtype)
 
         return file_key, tuple(shape[::-1] if transposed else shape), dtype, read
@@ -268,9 +336,11 @@ def _export(params: Params, layers: int, dtype: np.dtype) -> Iterator[tuple[str,
         yield entry(key, key, None)
     for layer in range(layers):
         for key in stacked:
-            yield entry(key, f"{_LAYERS}{layer}.{key.removeprefix(_LAYERS)}", layer)
+            yield entry(key, _layer_key(key, layer), layer)
     for key in last:
         yield entry(key, key, None)
+    if "lm_head" in low and _TIED[0] not in flat:
+        yield entry(_TIED[0], _TIED[0], None, source=_TIED[1])
 
 
 def _to_host(x: jax.Array, layer: int | None) -> np.ndarray:

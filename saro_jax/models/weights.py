@@ -92,7 +92,7 @@ def write_folder(
         one = len(shards) == 1
         name = "model.safetensors" if one else f"model-{number:05}-of-{len(shards):05}.safetensors"
         weight_map |= {key: name for key, *_ in shard}
-        _write_file(folder / name, shard)
+        write_file(folder / name, shard)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -171,9 +171,10 @@ def _reader(
     return read
 
 
-def _write_file(
+def write_file(
     file: Path, shard: list[tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]]
 ) -> None:
+    """Write (key, shape, dtype, read) as one safetensors file."""
     header: dict[str, Any] = {
         "__metadata__": {"format": "pt"}
     }  # transformers refuses files without

@@ -33,14 +33,18 @@ def token_scores(
     softcap: float | None = None,
     chunk: int = CHUNK,
     entropy: bool = False,
+    low_rank: tuple[jax.Array, jax.Array] | None = None,
+    train_head: bool = True,
 ) -> TokenScores:
     """log softmax(hidden @ head.T)[target] for the valid positions, in float32.
 
     hidden_BSD: the states that predict target_BS (the position *before* each target), any float
     dtype; head_VD is cast to it. valid_BS: True = counts; valid positions come first in each row,
     so that chunks past the longest row are skipped at run time. softcap: Gemma's cap on the
-    logits. entropy: compute it, else zeros. Gradients flow through `logp` only; peak memory is one
-    chunk of logits, forward and backward.
+    logits. entropy: compute it, else zeros. low_rank: (u_BSr, b_rV), an adapter of the head that
+    adds u @ b to the logits. train_head: False = the head is frozen and its gradient zeros, which
+    are not computed: it is a third of the backward products. Gradients flow through `logp` only;
+    peak memory is one chunk of logits, forward and backward.
     """
     B, S, _ = hidden_BSD.shape
     size = min(S, max(1, chunk // B))
@@ -49,11 +53,17 @@ def token_scores(
         hidden_BSD = jnp.pad(hidden_BSD, ((0, 0), (0, pad), (0, 0)))
         target_BS = jnp.pad(target_BS, ((0, 0), (0, pad)))
         valid_BS = jnp.pad(valid_BS, ((0, 0), (0, pad)))
+        if low_rank is not None:
+            low_rank = jnp.pad(low_rank[0], ((0, 0), (0, pad), (0, 0))), low_rank[1]
+    if low_rank is not None:
+        low_rank = low_rank[0], low_rank[1].astype(hidden_BSD.dtype)
     head = head_VD.astype(hidden_BSD.dtype)
     with jax.named_scope("logits"):
         scores = cast(
             TokenScores,
-            _scores(hidden_BSD, head, target_BS, valid_BS, softcap, size, entropy),
+            _scores(
+                hidden_BSD, head, low_rank, target_BS, valid_BS, softcap, size, entropy, train_head
+            ),
         )
     return TokenScores(scores.logp[:, :S], scores.correct[:, :S], scores.entropy[:, :S])
 
@@ -64,8 +74,10 @@ def _chunks(valid_BS: jax.Array, size: int) -> jax.Array:
     return (jnp.max(jnp.where(valid_BS, index, 0)) + size - 1) // size
 
 
-def _logits(hidden_BCD, head_VD, softcap):
+def _logits(hidden_BCD, head_VD, low_rank, softcap):
     x = jnp.einsum("BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=F32)
+    if low_rank is not None:
+        x = x + jnp.einsum("BCr,rV->BCV", *low_rank, preferred_element_type=F32)
     return x if softcap is None else softcap * jnp.tanh(x / softcap)
 
 
@@ -73,16 +85,20 @@ def _cut(x: jax.Array, i: jax.Array, size: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
 
 
+def _cut_low(low_rank, i: jax.Array, size: int):
+    return None if low_rank is None else (_cut(low_rank[0], i, size), low_rank[1])
+
+
 def _paste(x: jax.Array, part: jax.Array, i: jax.Array, size: int) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(x, part, i * size, axis=1)
 
 
-def _forward(hidden_BSD, head_VD, target_BS, valid_BS, softcap, size, entropy):
+def _forward(hidden_BSD, head_VD, low_rank, target_BS, valid_BS, softcap, size, entropy):
     zeros = jnp.zeros(target_BS.shape, F32)
 
     def one_chunk(i, carry):
         logp, correct, spread, lse = carry
-        x = _logits(_cut(hidden_BSD, i, size), head_VD, softcap)
+        x = _logits(_cut(hidden_BSD, i, size), head_VD, _cut_low(low_rank, i, size), softcap)
         top = x.max(-1)
         e = jnp.exp(x - top[..., None])
         total = e.sum(-1)
@@ -102,25 +118,28 @@ def _forward(hidden_BSD, head_VD, target_BS, valid_BS, softcap, size, entropy):
     return TokenScores(*scores), lse
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _scores(hidden_BSD, head_VD, target_BS, valid_BS, softcap, size, entropy):
-    return _forward(hidden_BSD, head_VD, target_BS, valid_BS, softcap, size, entropy)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _scores(hidden_BSD, head_VD, low_rank, target_BS, valid_BS, softcap, size, entropy, train_head):
+    return _forward(hidden_BSD, head_VD, low_rank, target_BS, valid_BS, softcap, size, entropy)[0]
 
 
-def _scores_fwd(hidden_BSD, head_VD, target_BS, valid_BS, softcap, size, entropy):
-    scores, lse = _forward(hidden_BSD, head_VD, target_BS, valid_BS, softcap, size, entropy)
-    return scores, (hidden_BSD, head_VD, target_BS, valid_BS, lse)
+def _scores_fwd(
+    hidden_BSD, head_VD, low_rank, target_BS, valid_BS, softcap, size, entropy, train_head
+):
+    inputs = (hidden_BSD, head_VD, low_rank, target_BS, valid_BS)
+    scores, lse = _forward(*inputs, softcap, size, entropy)
+    return scores, (*inputs, lse)
 
 
-def _scores_bwd(softcap, size, entropy, residuals, dscores):
-    hidden_BSD, head_VD, target_BS, valid_BS, lse_BS = residuals
+def _scores_bwd(softcap, size, entropy, train_head, residuals, dscores):
+    hidden_BSD, head_VD, low_rank, target_BS, valid_BS, lse_BS = residuals
     dlogp_BS = jnp.where(valid_BS, dscores.logp, 0.0)
     vocabulary = jnp.arange(head_VD.shape[0], dtype=jnp.int32)
 
     def one_chunk(i, carry):
-        dhidden_BSD, dhead_VD = carry
-        hidden = _cut(hidden_BSD, i, size)
-        x = _logits(hidden, head_VD, softcap)
+        dhidden_BSD, dhead_VD, dlow = carry
+        hidden, low = _cut(hidden_BSD, i, size), _cut_low(low_rank, i, size)
+        x = _logits(hidden, head_VD, low, softcap)
         p = jnp.exp(x - _cut(lse_BS, i, size)[..., None])
         target = vocabulary == _cut(target_BS, i, size)[..., None]
         dx = (target - p) * _cut(dlogp_BS, i, size)[..., None]
@@ -129,13 +148,31 @@ def _scores_bwd(softcap, size, entropy, residuals, dscores):
         dx = dx.astype(hidden.dtype)
         dhidden = jnp.einsum("BCV,VD->BCD", dx, head_VD, preferred_element_type=F32)
         V, D = head_VD.shape
-        dx_VM, hidden_MD = row_major(dx.reshape(-1, V).T), hidden.reshape(-1, D)
-        dhead = jnp.einsum("VM,MD->VD", dx_VM, hidden_MD, preferred_element_type=F32)
-        return _paste(dhidden_BSD, dhidden.astype(hidden.dtype), i, size), dhead_VD + dhead
+        if train_head:
+            dx_VM, hidden_MD = row_major(dx.reshape(-1, V).T), hidden.reshape(-1, D)
+            dhead = jnp.einsum("VM,MD->VD", dx_VM, hidden_MD, preferred_element_type=F32)
+            dhead_VD = dhead_VD + dhead
+        if low is not None:
+            u, b_rV = low
+            du = jnp.einsum("BCV,rV->BCr", dx, b_rV, preferred_element_type=F32)
+            u_rM, dx_MV = row_major(u.reshape(-1, u.shape[-1]).T), dx.reshape(-1, V)
+            db = jnp.einsum("rM,MV->rV", u_rM, dx_MV, preferred_element_type=F32)
+            dlow = _paste(dlow[0], du.astype(u.dtype), i, size), dlow[1] + db
+        return _paste(dhidden_BSD, dhidden.astype(hidden.dtype), i, size), dhead_VD, dlow
 
-    start = (jnp.zeros_like(hidden_BSD), jnp.zeros(head_VD.shape, F32))
-    dhidden, dhead = lax.fori_loop(0, _chunks(valid_BS, size), one_chunk, start)
-    return dhidden, dhead.astype(head_VD.dtype), None, None
+    start = (
+        jnp.zeros_like(hidden_BSD),
+        jnp.zeros(head_VD.shape, F32) if train_head else None,
+        None
+        if low_rank is None
+        else (jnp.zeros_like(low_rank[0]), jnp.zeros_like(low_rank[1], F32)),
+    )
+    dhidden, dhead, dlow = lax.fori_loop(0, _chunks(valid_BS, size), one_chunk, start)
+    # None stands for zeros: what is frozen has no gradient.
+    dhead = None if dhead is None else dhead.astype(head_VD.dtype)
+    if low_rank is not None:
+        dlow = dlow[0], dlow[1].astype(low_rank[1].dtype)
+    return dhidden, dhead, dlow, None, None
 
 
 _scores.defvjp(_scores_fwd, _scores_bwd)

@@ -16,6 +16,14 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/.*(o_proj|down_proj)/weight$", P(None, "tensor", "fsdp")),
     (r"layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/bias$", P(None, "tensor")),
     (r"layers/.*(o_proj|down_proj)/bias$", P()),
+    # Adapters are cut like the matrix they stand beside; their rank never is. A of o_proj and
+    # down_proj is cut where its input is, so what crosses the devices is [tokens, rank].
+    (r"layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/lora_A$", P(None, "fsdp", None)),
+    (r"layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/lora_B$", P(None, None, "tensor")),
+    (r"layers/.*(o_proj|down_proj)/lora_A$", P(None, "tensor", None)),
+    (r"layers/.*(o_proj|down_proj)/lora_B$", P(None, None, "fsdp")),
+    (r"lm_head/lora_A$", P("fsdp", None)),
+    (r"lm_head/lora_B$", P(None, "tensor")),
     (r"norm/weight$", P()),
     (r"layernorm/weight$", P()),
 )

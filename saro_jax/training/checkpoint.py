@@ -83,6 +83,11 @@ class Checkpoints:
             )
         return restored["params"]
 
+    def read_data(self, step: int) -> dict[str, Any]:
+        """The data beside the state of a checkpoint."""
+        items = {DATA: ocp.args.JsonRestore()}
+        return self._manager.restore(step, args=ocp.args.Composite(**items))[DATA]
+
     def close(self) -> None:
         self._manager.wait_until_finished()
         self._manager.close()

@@ -20,7 +20,7 @@ from saro_jax.data.tokenise import Branch, Item
 from saro_jax.models.architecture import Architecture
 from saro_jax.text import chat
 from saro_jax.training.finding import LEVELS, Finding, has, percent
-from saro_jax.training.memory import device_memory, lora_rank, memory, parameters
+from saro_jax.training.memory import device_memory, memory, parameters
 
 LOOKED_AT = 32  # steps that are packed to see how full rows are
 NEAR = 0.05  # a pair that differs in a smaller share of its tokens is nearly identical
@@ -436,7 +436,7 @@ def labels(items: Sequence[Item]) -> list[Finding]:
                 "right for ranked answers (best > middle > worst); else remove one of the rows",
             )
         )
-    noise = [value for item in items if (value := getattr(item, "noise", None)) is not None]
+    noise = [value for item in items if (value := item.noise) is not None]
     if noise:
         mean = float(np.mean(noise))
         findings.append(
@@ -474,9 +474,9 @@ def hyperparameters(
     findings = []
     optimizer, batch = config.optimizer, config.train.batch_rows
     size = parameters(arch)
-    low, high = plausible_rates(size, stage, lora_rank(config) > 0)
+    low, high = plausible_rates(size, stage, config.lora.rank > 0)
     rate = f"optimizer.learning_rate={optimizer.learning_rate:g}"
-    what = f"{size / 1e6:.0f}M parameters{' with LoRA' if lora_rank(config) else ''} ({stage})"
+    what = f"{size / 1e6:.0f}M parameters{' with LoRA' if config.lora.rank else ''} ({stage})"
     usual = f"usual for {what}: {low:.0e} to {high:.0e}"
     if optimizer.name == "adamw" and not low <= optimizer.learning_rate <= high:
         side = "low: little will be learnt" if optimizer.learning_rate < low else "high: expect "

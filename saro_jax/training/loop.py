@@ -21,6 +21,7 @@ from saro_jax.training import mismatch
 from saro_jax.training.checkpoint import Checkpoints, abstract, iterator_state
 from saro_jax.training.metrics import Writer
 from saro_jax.training.mismatch import Mismatches
+from saro_jax.training.optimizer import adapter_ratio
 from saro_jax.training.scoring import put
 from saro_jax.training.step import Given, Programs, State
 from saro_jax.training.watch import Watch
@@ -204,6 +205,7 @@ def kto_baseline(
     programs: Programs,
     mesh: Mesh,
     params: Any,
+    frozen: Any,
     resident: Any,
     blocks: Sequence[Rows],
     mismatches: Mismatches,
@@ -214,23 +216,28 @@ def kto_baseline(
     for block in packed:
         rows = put(mesh, block)
         if reference is None:
-            before = programs.score(resident, rows)
+            before = programs.score(resident, frozen, rows)
         else:
             before = jax.device_put(reference_of(block, reference), sharding.rows(mesh))
-        total = total + (programs.score(params, rows) - before).sum()
+        total = total + (programs.score(params, frozen, rows) - before).sum()
     return kto.baseline(total, sum(int((block.item >= 0).sum()) for block in packed))
 
 
 class Gradients:
     """The gradient of a step, summed up block by block in one set of buffers."""
 
-    def __init__(self, programs: Programs, params: Any):
-        self._programs, self._params = programs, params
+    def __init__(self, programs: Programs, params: Any, frozen: Any = None, step: int = 0):
+        self._programs, self._params, self._frozen = programs, params, frozen
+        self._step, self._block = step, 0
         self.sum = programs.zeros(params)
 
     def add(self, rows: Rows, given: Given, total: np.float32) -> Any:
         """Add one block; returns its sums for the metrics."""
-        self.sum, sums = self._programs.accumulate(self._params, self.sum, rows, given, total)
+        draw = np.array([self._step, self._block], np.int32)
+        self.sum, sums = self._programs.accumulate(
+            self._params, self.sum, rows, given, total, self._frozen, draw
+        )
+        self._block += 1
         return sums
 
 
@@ -242,6 +249,7 @@ def evaluate(
     blocks: Sequence[Rows],
     reference,
     *,
+    frozen: Any = None,
     kind: np.ndarray | None = None,
     kinds: Sequence[str] = (),
     resident: Any = None,
@@ -250,15 +258,15 @@ def evaluate(
     """Means over all blocks of an evaluation set, with the prefix `eval_`."""
     baseline = 0.0
     if mismatches is not None:
-        baseline = kto_baseline(programs, mesh, params, resident, blocks, mismatches)
+        baseline = kto_baseline(programs, mesh, params, frozen, resident, blocks, mismatches)
     sums = run_blocks(
         mesh,
         stage,
         blocks,
         reference,
-        lambda *args: programs.evaluate(params, *args),
+        lambda *args: programs.evaluate(params, *args, frozen),
         kind=kind,
-        score=partial(programs.score, resident) if resident else None,
+        score=partial(programs.score, resident, frozen) if resident else None,
         baseline=baseline,
     )
     means = summarise(stage, jax.device_get(sums), kinds)
@@ -289,8 +297,13 @@ def fit(
     kinds: Sequence[str] = (),
     mismatches: Mismatches | None = None,
     recent_before: Sequence[Sequence[float]] = (),
+    frozen: Any = None,
+    base: str | None = None,
 ) -> tuple[State, int]:
     """Train to `steps`; returns the state and the signal that ended it early (0 = ran to the end).
+
+    `frozen`: the leaves that are only read, not in checkpoints; `base`: the hash of the weights
+    they come from, which is.
 
     The metrics of step n - 1 are fetched when step n is under way. A loss that is not a number
     stops the run with an error and without a checkpoint of that state. So does a fall of the chosen
@@ -308,6 +321,7 @@ def fit(
         limit = None
     window_tokens = 0
     pending: tuple[int, list[Any], Any, int, float] | None = None
+    ratio = adapter_ratio(config.optimizer, config.lora)
 
     def flush(extra: dict[str, float] | None = None) -> None:
         nonlocal started, window_tokens, num_tokens, pending
@@ -334,6 +348,7 @@ def fit(
             now = time.monotonic()
             means |= {
                 "learning_rate": float(schedule(at - 1)),
+                **({} if ratio == 1.0 else {"lora_learning_rate": ratio * float(schedule(at - 1))}),
                 "epoch": at / per_epoch,
                 "num_tokens": num_tokens,
                 "tokens_per_second": window_tokens / max(now - started, 1e-9),
@@ -364,7 +379,7 @@ def fit(
             "window": window,
             "recent": recent,
             "config": config.model_dump(mode="json"),
-        }
+        } | ({} if base is None else {"base": base})
         checkpoints.save(step, state, data)
 
     if watch is not None:
@@ -376,9 +391,9 @@ def fit(
                 baseline = 0.0
                 if mismatches is not None:
                     baseline = kto_baseline(
-                        programs, mesh, state.params, state.reference, blocks, mismatches
+                        programs, mesh, state.params, frozen, state.reference, blocks, mismatches
                     )
-                gradients = Gradients(programs, state.params)
+                gradients = Gradients(programs, state.params, frozen, step)
                 policy = state.reference  # before the update donates it
                 sums = run_blocks(
                     mesh,
@@ -387,7 +402,7 @@ def fit(
                     reference,
                     gradients.add,
                     kind=kind,
-                    score=partial(programs.score, policy) if policy else None,
+                    score=partial(programs.score, policy, frozen) if policy else None,
                     baseline=baseline,
                 )
                 state, norm = programs.update(state, gradients.sum)
@@ -412,6 +427,7 @@ def fit(
                         state.params,
                         eval_blocks,
                         eval_reference,
+                        frozen=frozen,
                         kind=eval_kind,
                         kinds=kinds,
                         resident=state.reference or None,

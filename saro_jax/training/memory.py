@@ -16,6 +16,7 @@ from saro_jax.models import decoder
 from saro_jax.models.architecture import Architecture
 from saro_jax.objectives.logprobs import CHUNK
 from saro_jax.parallel import mesh as meshes
+from saro_jax.training import trainable
 from saro_jax.training.finding import Finding
 
 GIB = 2**30
@@ -41,8 +42,9 @@ def estimate(
 ) -> Memory:
     """Peak bytes of a training step on one device, by a formula.
 
-    weights      N w, w = bytes of param_dtype; twice with a resident reference
-    moments      2 n w (AdamW), n = trained parameters (LoRA's adapters, else N)
+    weights      of the trained and the frozen leaves in their dtypes; the trained ones twice with
+                 a resident reference
+    moments      2 n w (AdamW), n = trained parameters, w = bytes of param_dtype
     gradients    8 n: the float32 sum of the step, and the block's own (or, with bfloat16 weights,
                  the update's float32 copy)
     activations  t tokens of a block: what the remat policy keeps of each of L layers, and one
@@ -50,16 +52,16 @@ def estimate(
     head         three float32 chunks of logits, the output matrix in the compute dtype, and its
                  float32 gradient twice
     process      on a CPU 0.5 GiB of Python, libraries and compiled programs
-    N is divided by mesh.fsdp x mesh.tensor, t by the shards of rows. Fragmentation is left out.
-    docs/doctor.md compares with the compiler's figures and with measurements.
+    Parameters are divided by mesh.fsdp x mesh.tensor, t by the shards of rows. Fragmentation is
+    left out. docs/doctor.md compares with the compiler's figures and with measurements.
     """
-    size = parameters(arch)
-    trained = _lora_parameters(config, arch) or size
+    learning, frozen = (jax.tree.leaves(tree) for tree in trainable.abstract(arch, config))
+    trained = sum(leaf.size for leaf in learning)
     width, compute = (jnp.dtype(d).itemsize for d in (config.model.param_dtype, config.model.dtype))
     parts = mesh.shape["fsdp"] * mesh.shape["tensor"] if mesh is not None else 1
     shards = meshes.row_shards(mesh) if mesh is not None else 1
     tokens = shape.rows * shape.row_length / shards
-    copies = 2 if stage == "srpo" and getattr(config.srpo, "reference", "") == "resident" else 1
+    copies = 2 if stage == "srpo" and config.srpo.reference == "resident" else 1
     D, F, V = arch.hidden_size, arch.intermediate_size, arch.vocab_size
     N, K = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     cpu = jax.default_backend() == "cpu"
@@ -70,9 +72,10 @@ def estimate(
         "none": (4 * D + 2 * N + 2 * K + 2 * F) * stored + (4 * F + 2 * D) * 4,
     }[config.model.remat]
     working = (4 * D + 2 * N + 2 * K + 4 * F) * 4
+    read_only = sum(leaf.size * leaf.dtype.itemsize for leaf in frozen)
     chunk = min(CHUNK, max(1, int(tokens)))
     return Memory(
-        weights=copies * size * width / parts,
+        weights=(copies * trained * width + read_only) / parts,
         moments=(2 if config.optimizer.name == "adamw" else 0) * trained * width / parts,
         gradients=trained * 8 / parts,
         activations=tokens * (arch.num_layers * kept + working),
@@ -123,7 +126,7 @@ def _savings(config: Config, stage, arch, shape: Shape, mesh, total: float) -> s
         (total - estimate(new, stage, arch, some, mesh).total, option)
         for option, new, some in changes
     ]
-    if hasattr(config, "lora") and not lora_rank(config):
+    if not config.lora.rank:
         width = jnp.dtype(config.model.param_dtype).itemsize
         saved.append((0.98 * parameters(arch) * (3 * width + 4), "LoRA (lora.rank=16)"))
     named = [
@@ -161,15 +164,3 @@ def peak_memory() -> int:
 
 def parameters(arch: Architecture) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(decoder.abstract_params(arch)))
-
-
-def lora_rank(config: Config) -> int:
-    return getattr(getattr(config, "lora", None), "rank", 0) or 0
-
-
-def _lora_parameters(config: Config, arch: Architecture) -> int:
-    """Parameters of adapters on all linear layers; 0 without LoRA."""
-    D, F = arch.hidden_size, arch.intermediate_size
-    N, K = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    ends_of = 2 * (D + N) + 2 * (D + K) + 3 * (D + F)
-    return lora_rank(config) * arch.num_layers * ends_of

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from saro_jax.config import OptimizerConfig
+from saro_jax.config import LoRAConfig, OptimizerConfig
 from saro_jax.parallel.sharding import path_name
 
 
@@ -35,8 +35,27 @@ def decayed(params: Any) -> Any:
     )
 
 
-def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm (0 = off), then AdamW or plain SGD with decoupled decay."""
+def adapter_ratio(config: OptimizerConfig, lora: LoRAConfig) -> float:
+    """The adapters' learning rate over that of the rest: 1.0 where they share it."""
+    return (lora.learning_rate or config.learning_rate) / config.learning_rate
+
+
+def scale_adapters(ratio: float) -> optax.GradientTransformation:
+    """Multiply the updates of adapters: the schedule of the rest at another peak."""
+
+    def scaled(path, update):
+        return ratio * update if path_name(path).startswith("lora/") else update
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
+
+
+def make(
+    config: OptimizerConfig, steps: int, lora: LoRAConfig | None = None
+) -> optax.GradientTransformation:
+    """Clipping by the global norm (0 = off), then AdamW or plain SGD with decoupled decay.
+
+    All of it over the trained leaves; those under "lora/" learn at `lora.learning_rate`.
+    """
     schedule = learning_rate(config, steps)
     parts = []
     if config.max_grad_norm > 0:
@@ -46,4 +65,6 @@ def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     if config.weight_decay > 0:
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
     parts.append(optax.scale_by_learning_rate(schedule))
+    if lora is not None and adapter_ratio(config, lora) != 1.0:
+        parts.append(scale_adapters(adapter_ratio(config, lora)))
     return optax.chain(*parts)

@@ -18,6 +18,7 @@ from saro_jax.data.tokenise import Item
 from saro_jax.models import decoder
 from saro_jax.models.architecture import Architecture
 from saro_jax.models.attention import Tokens
+from saro_jax.models.lora import Adapters
 from saro_jax.objectives.logprobs import TokenScores, token_scores
 from saro_jax.objectives.preference import SEGMENTS
 from saro_jax.parallel import sharding
@@ -31,12 +32,27 @@ class Sequences(NamedTuple):
 
 
 def score_tokens(
-    arch: Architecture, params: Any, rows: Rows, *, dtype: Any, remat: str, entropy: bool = False
+    arch: Architecture,
+    params: Any,
+    rows: Rows,
+    *,
+    dtype: Any,
+    remat: str,
+    entropy: bool = False,
+    adapters: Adapters | None = None,
+    train_head: bool = True,
 ) -> TokenScores:
-    """Log-prob of every scored token of packed rows, [B, S], differentiable in `params`."""
+    """Log-prob of every scored token of packed rows, [B, S], differentiable in `params`.
+
+    adapters: `lora.bind`, differentiable too. train_head: False = no gradient of the output matrix
+    is computed.
+    """
     where = Tokens(rows.segment, rows.branch, rows.position)
-    hidden_BTD = decoder.forward(arch, params, rows.tokens, where, dtype=dtype, remat=remat)
+    hidden_BTD = decoder.forward(
+        arch, params, rows.tokens, where, dtype=dtype, remat=remat, adapters=adapters
+    )
     hidden_BSD = jnp.take_along_axis(hidden_BTD, rows.source[..., None], axis=1)
+    adapter = None if adapters is None else adapters.of_head()
     return token_scores(
         hidden_BSD,
         decoder.head(arch, params),
@@ -44,6 +60,8 @@ def score_tokens(
         rows.valid,
         softcap=arch.final_softcap,
         entropy=entropy,
+        low_rank=None if adapter is None else (adapter.down(hidden_BSD), adapter.b_rO),
+        train_head=train_head,
     )
 
 

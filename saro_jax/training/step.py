@@ -24,6 +24,7 @@ from saro_jax.objectives import preference
 from saro_jax.objectives.kto import kto
 from saro_jax.objectives.sft import nll
 from saro_jax.parallel import sharding
+from saro_jax.training import trainable
 from saro_jax.training.scoring import score_tokens, sum_sequences
 
 Sums = dict[str, jax.Array]
@@ -33,7 +34,7 @@ class State(NamedTuple):
     """What training carries from step to step."""
 
     step: jax.Array  # int32 scalar, optimizer steps done
-    params: Any  # master weights
+    params: Any  # master weights of what trains (`trainable.split`)
     optimizer: Any  # optax state
     reference: Any = ()  # parameters of a resident reference policy, a tree like params
 
@@ -46,9 +47,9 @@ class Given(NamedTuple):
     baseline: jax.Array  # float32 scalar, kto's z0
 
 
-def rw_loss(arch: Architecture, config: Config, kinds: int, params, rows: Rows, given, total):
+def rw_loss(arch: Architecture, config: Config, kinds: int, params, rows, given, total, key=None):
     """Warmup: weighted NLL of the scored tokens over `total`, and sums for the metrics."""
-    scores = _score(arch, config, params, rows, entropy=True)
+    scores = _score(arch, config, params, rows, key, entropy=True)
     weight_BS = jnp.take_along_axis(rows.weight, rows.sequence, axis=1)
     loss = nll(scores.logp, rows.valid, weight_BS) / total
     sums = {
@@ -61,10 +62,17 @@ def rw_loss(arch: Architecture, config: Config, kinds: int, params, rows: Rows, 
 
 
 def srpo_loss(
-    arch: Architecture, config: Config, kinds: int, params, rows: Rows, given: Given, total
+    arch: Architecture,
+    config: Config,
+    kinds: int,
+    params,
+    rows: Rows,
+    given: Given,
+    total,
+    key=None,
 ):
     """SRPO: weighted preference loss of the pairs over `total`, and sums for the metrics."""
-    scores = _score(arch, config, params, rows, entropy=False)
+    scores = _score(arch, config, params, rows, key, entropy=False)
     sequences = sum_sequences(scores.logp, rows, branches=2)
     pairs = preference.Pairs(
         *(sequences.logp[..., k, :] for k in (0, 1)),
@@ -83,10 +91,17 @@ def srpo_loss(
 
 
 def kto_loss(
-    arch: Architecture, config: Config, kinds: int, params, rows: Rows, given: Given, total
+    arch: Architecture,
+    config: Config,
+    kinds: int,
+    params,
+    rows: Rows,
+    given: Given,
+    total,
+    key=None,
 ):
     """SRPO on unpaired rows: weighted KTO loss of the responses over `total`, and sums."""
-    scores = _score(arch, config, params, rows, entropy=False)
+    scores = _score(arch, config, params, rows, key, entropy=False)
     logp = sum_sequences(scores.logp, rows, branches=1).logp.sum(-1)[..., 0]
     ratio = logp - given.reference.sum(-1)[..., 0]
     present = rows.item >= 0
@@ -118,25 +133,42 @@ def _token_sums(loss, scores, rows: Rows) -> Sums:
     return {"loss": loss, "scored": scored, "correct": scores.correct.sum()}
 
 
-def _score(arch, config: Config, params, rows, *, entropy: bool):
+def _score(arch, config: Config, params, rows, key=None, *, entropy: bool):
+    """Scores under the whole tree, adapters included; `key` draws their dropout, None = none."""
+    base, adapters = trainable.apart(config, params, key)
     return score_tokens(
         arch,
-        params,
+        base,
         rows,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
         entropy=entropy,
+        adapters=adapters,
+        train_head=trainable.trains_head(arch, config),
     )
 
 
-class Programs(NamedTuple):
-    """The compiled pieces of a step."""
+def _dropout_key(config: Config, draw: jax.Array) -> jax.Array | None:
+    """The key of one block of one step; None without dropout."""
+    if not config.lora.dropout:
+        return None
+    key = jax.random.fold_in(jax.random.key(config.seed), draw[0])
+    return jax.random.fold_in(key, draw[1])
 
-    accumulate: Callable[..., tuple[Any, Sums]]  # (params, gradients, rows, given, total)
+
+class Programs(NamedTuple):
+    """The compiled pieces of a step.
+
+    `params` is the trained tree; `frozen` what is only read ({} where all trains). `draw`, int32
+    [2]: step and block, which with the seed decide the dropout of adapters.
+    """
+
+    # (params, gradients, rows, given, total, frozen, draw)
+    accumulate: Callable[..., tuple[Any, Sums]]
     update: Callable[[State, Any], tuple[State, Sums]]
-    evaluate: Callable[..., Sums]  # (params, rows, given, total)
+    evaluate: Callable[..., Sums]  # (params, rows, given, total, frozen)
     zeros: Callable[[Any], Any]  # params -> gradients of zeros
-    score: Callable[[Any, Rows], jax.Array]  # (params, rows) -> log-prob sums [B, P, K, G]
+    score: Callable[..., jax.Array]  # (params, frozen, rows) -> log-prob sums [B, P, K, G]
     sync: Callable[[State], State]  # moves a resident reference towards the policy
 
 
@@ -180,13 +212,19 @@ def programs(
     unpaired = stage == "srpo" and config.srpo.loss == "kto"
     stage_loss = LOSSES["kto" if unpaired else stage]
 
-    def loss(params, rows, given, total):
-        return stage_loss(arch, config, kinds, params, rows, given, total)
+    def loss(params, frozen, rows, given, total, key=None):
+        whole = trainable.join(params, frozen)
+        return stage_loss(arch, config, kinds, whole, rows, given, total, key)
 
-    def accumulate(params, gradients, rows, given, total):
-        (_, sums), new = jax.value_and_grad(loss, has_aux=True)(params, rows, given, total)
+    def accumulate(params, gradients, rows, given, total, frozen=None, draw=None):
+        key = None if draw is None else _dropout_key(config, draw)
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        (_, sums), new = gradient(params, frozen or {}, rows, given, total, key)
         summed = jax.tree.map(lambda a, b: a + b.astype(a.dtype), gradients, new)
         return sharding.constrain_params(summed), sums
+
+    def evaluate(params, rows, given, total, frozen=None):
+        return loss(params, frozen or {}, rows, given, total)[1]
 
     def update(state: State, gradients):
         updates, inner = optimizer.update(gradients, state.optimizer, state.params)
@@ -199,8 +237,8 @@ def programs(
             jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
         )
 
-    def score(params, rows):
-        scores = _score(arch, config, params, rows, entropy=False)
+    def score(params, frozen, rows):
+        scores = _score(arch, config, trainable.join(params, frozen or {}), rows, entropy=False)
         return sum_sequences(scores.logp, rows, branches=1 if unpaired else 2).logp
 
     def sync(state: State):
@@ -216,7 +254,7 @@ def programs(
     return Programs(
         jax.jit(accumulate, donate_argnums=1),
         jax.jit(update, donate_argnums=0),
-        jax.jit(lambda *args: loss(*args)[1]),
+        jax.jit(evaluate),
         jax.jit(zeros),
         jax.jit(score),
         jax.jit(sync, donate_argnums=0),
