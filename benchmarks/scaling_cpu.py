@@ -1,4 +1,4 @@
-"""How the cost of a step grows: with vocabulary, tokens of a row, pairs of a row; memory of the loss.
+"""How the cost of a step grows with vocabulary, row length and pairs; memory of the loss.
 
 `python benchmarks/scaling_cpu.py [--small] [--out FOLDER]`, on the backend that JAX finds: random
 weights in the shape of SmolLM2-135M with 8 of its 30 layers, the training step itself
@@ -144,7 +144,9 @@ def loss_temporaries(vocabulary: int, tokens: int, width: int, dtype: str) -> in
         of((1, tokens), jnp.bool_),
     )
     compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arguments).compile()
-    return int(compiled.memory_analysis().temp_size_in_bytes)
+    planned = compiled.memory_analysis()
+    assert planned is not None
+    return int(planned.temp_size_in_bytes)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.case is not None:
         print(json.dumps(measure(args, **json.loads(args.case))))
         return 0
-    device = in_process(["-c", "import jax; d = jax.devices()[0]; print(d.platform, d.device_kind)"])
+    device = in_process(
+        ["-c", "import jax; d = jax.devices()[0]; print(d.platform, d.device_kind)"]
+    )
     platform, _, kind = device.strip().splitlines()[-1].partition(" ")
     if platform != "gpu" and not args.small:
         print(f"train_gpu: no GPU (JAX found {platform}: {kind}); --small runs a miniature here")
