@@ -220,8 +220,8 @@ def time_steps(
 ) -> dict[str, Any]:
     """Optimizer steps on random weights of the shape `hf`, all `items` in each of them.
 
-    Seconds of the steps after the first, of the first (with its compilation), tokens of a step:
-    of all branches (`sequence`), computed ones (`real`, without padding), padded, scored; `keys`,
+    Seconds of a step (median of `steps`, after two), of the first with its compilation, tokens of a
+    step: of all branches (`sequence`), computed ones (`real`, without padding), padded, scored; `keys`,
     the keys that the real tokens attend to; and the devices' peak memory where they tell it.
     """
     import jax
@@ -250,13 +250,13 @@ def time_steps(
         params, rest = trainable.start(arch, config, params, mesh)
         frozen = [rest]
     lora = [config.lora] if has_lora() else []
-    transform = optimizer.make(config.optimizer, steps + 1, *lora)
+    transform = optimizer.make(config.optimizer, steps + 2, *lora)
     state = step.init_state(transform, params, mesh)
     del params
     programs = step.programs(arch, config, stage, transform)
     seconds = []
     with jax.set_mesh(mesh):
-        for _ in range(steps + 1):
+        for _ in range(steps + 2):
             start = time.perf_counter()
             gradients = loop.Gradients(programs, state.params, *frozen)
             sums = loop.run_blocks(mesh, stage, blocks, None, gradients.add)
@@ -268,7 +268,7 @@ def time_steps(
         raise ValueError(f"{stage} on random weights: the loss is {loss}")
     stats = jax.local_devices()[0].memory_stats() or {}
     return {
-        "seconds": statistics.median(seconds[1:]),
+        "seconds": statistics.median(seconds[2:]),
         "first_seconds": seconds[0],
         "sequence": sum(loop.sequence_tokens(item) for item in items),
         "real": sum(int((block.segment > 0).sum()) for block in blocks),
