@@ -220,9 +220,9 @@ def time_steps(
 ) -> dict[str, Any]:
     """Optimizer steps on random weights of the shape `hf`, all `items` in each of them.
 
-    Seconds of a step (median of `steps`, after two), of the first with its compilation, tokens of a
-    step: of all branches (`sequence`), computed ones (`real`, without padding), padded, scored; `keys`,
-    the keys that the real tokens attend to; and the devices' peak memory where they tell it.
+    Seconds of a step (median of `steps`, after two) and of the first with its compilation; tokens
+    of a step: of all branches (`sequence`), without padding (`real`), padded, scored; `keys` that
+    the real tokens attend to; and the devices' peak memory where they tell it.
     """
     import jax
     import jax.numpy as jnp

@@ -1,21 +1,15 @@
 """The benchmark scripts in miniature: their rows, tables and claims; no speed is asserted."""
 
 import json
-import sys
-from pathlib import Path
 
+import harness
+import peers
 import pytest
+import scaling_cpu
+import star_rows
 import tiny
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import harness  # noqa: E402
-import peers  # noqa: E402
-import scaling_cpu  # noqa: E402
-import star_rows  # noqa: E402
-import train_cpu  # noqa: E402
-import train_gpu  # noqa: E402
+import train_cpu
+import train_gpu
 
 STAR = [
     (f"lock {i}?", f"<think>\nthe user wants {'it ' * (i % 3 + 1)}opened, {i}\n</think>\n\nno {i}")
