@@ -15,7 +15,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 # that one, while a range could resolve to a newer build that brings gigabytes of CUDA libraries.
 TORCH := torch==2.13.0
 
-.PHONY: help quickstart test test-slow lint format types check clean
+.PHONY: help quickstart test test-slow bench lint format types check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -31,6 +31,10 @@ test: $(VENV)/.installed-$(EXTRAS)  ## the fast tests
 
 test-slow: $(VENV)/.installed-$(EXTRAS)  ## the slow tests only
 	$(PY) -m pytest -m slow --durations=15 $(ARGS)
+
+bench: $(VENV)/.installed  ## speed and memory on this CPU; ARGS='--trl-python=...' for peers
+	$(PY) benchmarks/train_cpu.py $(ARGS)
+	$(PY) benchmarks/scaling_cpu.py
 
 lint: $(VENV)/.installed-$(EXTRAS)  ## ruff: rules and format
 	$(PY) -m ruff check .

@@ -1,72 +1,105 @@
-"""Training speed and memory on a CPU: saro_jax beside TRL, on the same rows, in one run.
+"""Training speed and memory on a CPU: saro_jax, TRL and google-tunix on the same rows, in one run.
 
-    python benchmarks/train_cpu.py --peer-python=/path/to/python-with-trl
+    python benchmarks/train_cpu.py --trl-python=... --tunix-python=... --tune   # once a machine
+    python benchmarks/train_cpu.py --trl-python=... --tunix-python=...
 
 Every contestant trains in a process of its own, one after the other, in alternating order, and sees
 the same texts through the same chat template, in the same order, with the same batches:
 
-rw    one example a row: question -> answer with reasoning, as the file has it
-srpo  one process pair a row: both answers begin with the first half of the row's reasoning; chosen
-      goes on as the row does, rejected as the next row does from the middle of its reasoning
+rw       one example a row: question -> answer with reasoning, as the file has it
+process  one pair a row: both answers begin with the first half of the row's reasoning; chosen goes
+         on as the row does, rejected as the next row does from the middle of its reasoning
+outcome  one pair a row that shares the prompt alone: chosen is the row's whole response, rejected
+         that of the row whose response is the next longer one in the file
+
+The warm-up's batches are all the rows there are; the timed steps repeat them in order, so that
+every program a contestant needs is compiled before, and repeats measure the same work.
 
 tokens/s  prompt and answer tokens of every sequence (of both branches of a pair), padding not
           counted, over the wall time of a step; the median of the steps after the warm-up. The last
           step is left out: it has no next one that a trainer could overlap it with. Loading,
           compiling, and scoring the reference are not in it; "whole run" has them.
 peak RSS  the most memory the process ever held, from the kernel (`wait4`)
+
+--tune tries the settings of SETTINGS one after another, then the memory allocators with the best of
+them, and keeps the fastest of each contestant in tuned.json, which later runs in the same --out
+read; what was not tuned runs with the first of each list. Every finished process is kept under
+results/: the same command continues where it was stopped.
 """
 
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-STAGES = {"rw": "RW (SFT)", "srpo": "SRPO (DPO)"}
-# Transparent huge pages: what `make quickstart` sets.
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
-# For torch, which frees and takes large tensors all the time, also: all from the heap, never given
-# back to the kernel.
-KEEP_PAGES = ":".join(
-    (
-        HUGE_PAGES,
-        "glibc.malloc.mmap_max=0",
-        f"glibc.malloc.trim_threshold={2**40}",
-        f"glibc.malloc.top_pad={2**28}",
-    )
-)
+import harness
+from harness import ROOT
+from star_rows import KINDS, Rows, prepare
+
+PEERS = Path(__file__).with_name("peers.py")
+TITLES = {"rw": "RW (SFT)", "process": "SRPO, process pairs", "outcome": "SRPO, outcome pairs"}
+HUGE_PAGES = "glibc.malloc.hugetlb=1"  # transparent huge pages: what `make quickstart` sets
+# GLIBC_TUNABLES. keep-pages: all from the heap, never given back to the kernel.
+ALLOCATORS = {
+    "keep-pages": ":".join(
+        (
+            HUGE_PAGES,
+            "glibc.malloc.mmap_max=0",
+            f"glibc.malloc.trim_threshold={2**40}",
+            f"glibc.malloc.top_pad={2**28}",
+        )
+    ),
+    "hugetlb": HUGE_PAGES,
+    "default": "",
+}
+# What --tune tries; the first is taken untuned. saro_jax's are settings of its config; `micro` is
+# the rows of a pass, the rest of the batch is accumulated.
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "saro_jax": {
+        "recipe": {},
+        "micro_rows=2": {"train.micro_rows": 2},
+        "row_buckets=8": {"data.row_buckets": 8},
+        "remat=dots": {"model.remat": "dots"},
+    },
+    "TRL": {
+        "whole batch": {},
+        "1 row a pass": {"micro": 1},
+        "1 row a pass, no checkpointing": {"micro": 1, "gradient_checkpointing": False},
+        "padding_free": {"padding_free": True},
+    },
+    "Tunix": {
+        "1 row a pass, no remat": {"micro": 1, "remat": "NONE"},
+        "1 row a pass": {"micro": 1, "remat": "DECODER"},
+        "whole batch": {"remat": "DECODER"},
+    },
+}
+# Largest difference of the first step's loss between contestants, by stage and dtype: it shows that
+# they train the same model on the same tokens. SRPO starts at ln 2.
+LOSS_TOLERANCE = 0.05
+TUNE_STEPS = 4  # two batches, each of them twice; step 3 is timed
 
 
-class Contestant(NamedTuple):
-    """One column of the comparison: a trainer and the memory allocator's settings it runs with."""
+class Choice(NamedTuple):
+    """How a contestant runs: a key of its SETTINGS and one of ALLOCATORS."""
 
-    name: str
-    trainer: str  # saro_jax | trl
-    tunables: str  # GLIBC_TUNABLES; empty = the allocator's defaults
-
-
-CONTESTANTS = (
-    Contestant("saro_jax", "saro_jax", HUGE_PAGES),
-    Contestant("saro_jax, default malloc", "saro_jax", ""),
-    Contestant("TRL", "trl", ""),
-    Contestant("TRL, tuned malloc", "trl", KEEP_PAGES),
-)
+    contestant: str
+    setting: str
+    allocator: str
 
 
 class Run(NamedTuple):
     """What one process measured of itself, and the kernel of it."""
 
-    stage: str
-    contestant: str
+    kind: str
+    dtype: str
+    choice: Choice
     tokens: list[int]  # of every step
     seconds: list[float]  # of every step
     loss: list[float]
@@ -74,41 +107,47 @@ class Run(NamedTuple):
     peak_rss_gb: float  # 1e9 bytes
     whole_run_s: float
     load_before: float  # 1-minute load average: other work on the machine
+    refused: str = ""  # why the contestant does not run with this setting
 
 
 def main() -> int:
     args = arguments()
-    if args.peer_job is not None:
-        train_trl(json.loads(args.peer_job))
-        return 0
-    sys.path.insert(0, str(ROOT))  # this checkout's saro_jax, installed or not
     try:
         compare(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 130
     return 0
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [contestant.name for contestant in CONTESTANTS]
     add = parser.add_argument
     rows = ROOT.parent / "shared" / "data" / "star1.jsonl"
     add("--rows", type=Path, default=rows, help="JSON lines with question and response")
     add("--model", default="quickstart", help="Hub id, folder, .gguf file or quickstart")
-    add("--peer-python", default=sys.executable, help="interpreter that has trl and torch")
-    add("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    add("--contestants", nargs="+", choices=names, default=names, metavar="NAME", help=str(names))
+    add("--python", default=sys.executable, help="interpreter that has jax, for saro_jax")
+    add("--trl-python", help="interpreter that has trl and torch; left out without")
+    add("--tunix-python", help="interpreter that has google-tunix; left out without")
+    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    add("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
     add("--rounds", type=int, default=1, help="times every contestant runs; the median counts")
-    add("--steps", type=int, default=8, help="optimizer steps of a run")
-    add("--warmup", type=int, default=2, help="first steps that are not timed")
-    add("--batch", type=int, default=8, help="examples or pairs of a step")
+    add("--steps", type=int, default=5, help="optimizer steps of a run")
+    add(
+        "--warmup", type=int, default=2, help="first steps, not timed; later ones repeat their rows"
+    )
+    add("--batch", type=int, default=4, help="examples or pairs of a step")
     add("--max-length", type=int, default=512, help="tokens of one sequence")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation")
     add("--out", type=Path, default=ROOT / "runs" / "benchmarks" / "train_cpu")
+    add("--tune", action="store_true", help="find the best settings of each; then stop")
+    add("--allocator", choices=ALLOCATORS, help="this one for all, whatever tuned.json has")
+    add("--default-malloc", action="store_true", help="each also with the default allocator")
+    add("--no-ceilings", action="store_true", help="leave out copies, products and decoding")
     add(
         "--saro",
         action="append",
@@ -116,369 +155,392 @@ def arguments() -> argparse.Namespace:
         metavar="A.B=VALUE",
         help="a further setting of saro_jax's config, such as train.micro_rows=2; may be repeated",
     )
-    add("--peer-job", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Run everything and write train_cpu.md and train_cpu.json into `args.out`."""
+    """Run everything that is not there yet; write train_cpu.md and .json into `args.out`."""
     if args.steps < args.warmup + 2:
         raise ValueError(f"--steps={args.steps}: at least --warmup + 2 = {args.warmup + 2} steps")
-    chosen = [c for c in CONTESTANTS if c.name in args.contestants]
-    versions = own_versions()
-    if any(contestant.trainer == "trl" for contestant in chosen):
-        versions |= peer_versions(args.peer_python)
-    args.out.mkdir(parents=True, exist_ok=True)
-    files, model, prepared = prepare(args)
-    print(f"{cpu()}; {prepared}", flush=True)
+    contestants = {"saro_jax": args.python, "TRL": args.trl_python, "Tunix": args.tunix_python}
+    contestants = {name: python for name, python in contestants.items() if python}
+    versions = harness.versions()
+    for name in contestants:
+        if name != "saro_jax":
+            versions |= peer_versions(name, contestants[name])
+    claim(args, versions)
+    files, model, prepared = prepare(
+        args.rows, args.model, args.warmup * args.batch, args.max_length, args.out
+    )
+    print(f"{harness.cpu()}; {prepared}", flush=True)
+    jobs = Jobs(args, contestants, files, model)
+    if args.tune:
+        tune(args, jobs)
+        return
+    chosen = {dtype: choices(args, contestants, dtype) for dtype in args.dtypes}
+    ceilings = {} if args.no_ceilings else measure_ceilings(args, contestants)
     runs: list[Run] = []
     for k in range(args.rounds):
-        for stage in args.stages:
-            # Forth and back, so that a drift of the machine's speed falls on all alike.
-            for contestant in chosen if k % 2 == 0 else chosen[::-1]:
-                runs.append(run(args, stage, contestant, files[stage], model))
-                done = runs[-1]
-                print(
-                    f"{stage:5}{contestant.name:26}{done.tokens_per_second:8.0f} tokens/s"
-                    f"{done.peak_rss_gb:8.2f} GB  whole run {done.whole_run_s:.0f} s, load before "
-                    f"{done.load_before:.1f}",
-                    flush=True,
-                )
-                check_same_work(runs)
-                report(args, chosen, runs, versions, prepared)
+        for kind in args.kinds:
+            for dtype in args.dtypes:
+                # Forth and back, so that a drift of the machine's speed falls on all alike.
+                order = chosen[dtype][KINDS[kind]]
+                for choice in order if k % 2 == 0 else order[::-1]:
+                    runs.append(jobs.run(kind, dtype, choice, f"round{k + 1}", args.steps))
+                    check_same_work(runs, args.batch)
+                    report(args, runs, versions, prepared, ceilings)
     print((args.out / "train_cpu.md").read_text(), end="")
 
 
-def prepare(args: argparse.Namespace) -> tuple[dict[str, Path], Path, str]:
-    """Write the rows of both stages; their files, the model's folder, and a line about them."""
-    from saro_jax.data.rows import read
-    from saro_jax.data.tokenise import RowError, tokenise_row
-    from saro_jax.models.hub import resolve
-    from saro_jax.text.chat import load_tokenizer
-
-    if not args.rows.is_file():
-        raise ValueError(f"--rows={args.rows}: no such file of question and response lines")
-    model = resolve(args.model)
-    tokenizer = load_tokenizer(model)
-    wanted = args.steps * args.batch
-    source = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
-    try:
-        rows = [(row["question"], row["response"]) for row in source]
-    except (KeyError, TypeError):
-        raise ValueError(f"--rows={args.rows}: every line needs question and response") from None
-    halves = [middle_of_reasoning(response) for _, response in rows]
-    candidates = args.out / "candidates.jsonl"
-    pairs = [
-        {
-            "prompt": [{"role": "user", "content": question}],
-            "prefix": response[:half],
-            "chosen": [{"role": "assistant", "content": response[half:]}],
-            "rejected": [{"role": "assistant", "content": other[other_half:]}],
-        }
-        for (question, response), half, (_, other), other_half in zip(
-            rows, halves, rows[1:] + rows[:1], halves[1:] + halves[:1], strict=True
-        )
-    ]
-    write_lines(candidates, pairs)
-    # A pair whose prompt and shared half fill max_length has nothing left to compare.
-    kept, shared, tokens = [], 0, 0
-    for k, row in enumerate(read(str(candidates), "preference")[0]):
-        try:
-            item = tokenise_row(row, tokenizer, args.max_length)
-        except RowError:
-            continue
-        kept.append(k)
-        shared += len(item.prefix)
-        tokens += sum(len(item.prefix) + len(branch.ids) for branch in item.branches)
-        if len(kept) == wanted:
-            break
-    candidates.unlink()
-    if len(kept) < wanted:
-        raise ValueError(
-            f"--rows={args.rows}: {len(kept)} usable rows, needs --steps x --batch = {wanted}"
-        )
-    files = {stage: args.out / f"{stage}.jsonl" for stage in STAGES}
-    examples = [
-        {
-            "prompt": [{"role": "user", "content": rows[k][0]}],
-            "completion": [{"role": "assistant", "content": rows[k][1]}],
-        }
-        for k in kept
-    ]
-    write_lines(files["rw"], examples)
-    write_lines(files["srpo"], [pairs[k] for k in kept])
-    share = 2 * shared / tokens
-    text = f"{wanted} rows of {args.rows.name}; pairs share {share:.0%} of their tokens"
-    return files, model, text
+def claim(args: argparse.Namespace, versions: dict[str, str]) -> None:
+    """Take `args.out` for these arguments; results of others do not belong in one table."""
+    same = ("rows", "model", "warmup", "batch", "max_length", "steps", "saro")
+    wanted = {key: str(getattr(args, key)) for key in same} | versions
+    file = args.out / "arguments.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        for key in before.keys() & wanted.keys():
+            if before[key] != wanted[key]:
+                raise ValueError(
+                    f"{args.out}: holds results of {key}={before[key]}, now {wanted[key]}; "
+                    "give another --out or remove it"
+                )
+        wanted = before | wanted
+    args.out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(wanted, indent=2) + "\n")
 
 
-def middle_of_reasoning(response: str) -> int:
-    """The character behind the last word of the first half of the text in <think>...</think>."""
-    start = response.find("<think>") + len("<think>") if "<think>" in response else 0
-    end = response.find("</think>") if "</think>" in response else len(response)
-    middle = (start + end) // 2
-    space = response.rfind(" ", start, middle)
-    return space if space > 0 else middle
+# ---- processes -----------------------------------------------------------------------------------
 
 
-def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+class Jobs(NamedTuple):
+    """What every process is started from."""
 
+    args: argparse.Namespace
+    contestants: dict[str, str]  # name -> interpreter
+    files: dict[str, Rows]
+    model: Path
 
-def run(
-    args: argparse.Namespace, stage: str, contestant: Contestant, rows: Path, model: Path
-) -> Run:
-    """One process of one contestant."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        if contestant.trainer == "saro_jax":
-            command = saro_command(args, stage, rows, model, out)
+    def run(self, kind: str, dtype: str, choice: Choice, purpose: str, steps: int) -> Run:
+        """One process of one contestant; read from results/ where it has run before."""
+        name = "-".join((purpose, kind, dtype, *choice))
+        name = "".join(c if c.isalnum() or c in "-_=." else "_" for c in name)
+        file = self.args.out / "results" / f"{name}.json"
+        if file.exists():
+            found = json.loads(file.read_text())
+            done = Run(**found | {"choice": Choice(*found["choice"])})
         else:
-            job = {"stage": stage, "rows": str(rows), "model": str(model), "out": str(out)}
-            job |= {key: getattr(args, key) for key in ("steps", "batch", "max_length", "dtype")}
-            command = [args.peer_python, str(Path(__file__)), f"--peer-job={json.dumps(job)}"]
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "JAX_PLATFORMS": "cpu",
-            "HF_HUB_OFFLINE": "1",
-            "HF_DATASETS_CACHE": str(Path(folder) / "datasets"),
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        environment.pop("GLIBC_TUNABLES", None)
-        if contestant.tunables:
-            environment["GLIBC_TUNABLES"] = contestant.tunables
-        load, started = os.getloadavg()[0], time.monotonic()
-        log = args.out / f"{stage}-{contestant.name.replace(', ', '-').replace(' ', '_')}.log"
-        with log.open("w") as stream:
-            process = subprocess.Popen(
-                command, env=environment, stdout=stream, stderr=subprocess.STDOUT, cwd=folder
-            )
-            # Not process.wait: the kernel tells the peak memory only to who collects the process.
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        whole = time.monotonic() - started
-        if process.returncode:
-            last = (log.read_text().strip().splitlines() or ["no output"])[-1]
-            raise ValueError(f"{contestant.name}, {stage}: failed, see {log}: {last}")
-        read = read_saro if contestant.trainer == "saro_jax" else read_trl
-        tokens, seconds, loss = read(out)
-    timed = range(args.warmup, args.steps - 1)
-    return Run(
-        stage,
-        contestant.name,
-        tokens,
-        seconds,
-        loss,
-        statistics.median(tokens[k] / seconds[k] for k in timed),
-        usage.ru_maxrss * 1024 / 1e9,
-        whole,
-        load,
-    )
+            done = self._start(kind, dtype, choice, steps, file.with_suffix(".log"))
+            partial = file.with_suffix(".part")
+            partial.write_text(json.dumps(done._asdict()) + "\n")
+            os.replace(partial, file)
+        said = done.refused or (
+            f"{done.tokens_per_second:6.0f} tokens/s{done.peak_rss_gb:7.2f} GB  whole run "
+            f"{done.whole_run_s:.0f} s, load before {done.load_before:.1f}"
+        )
+        print(f"{purpose:8}{kind:9}{dtype:10}{' | '.join(choice):58}{said}", flush=True)
+        return done
+
+    def _start(self, kind: str, dtype: str, choice: Choice, steps: int, log: Path) -> Run:
+        args, options = self.args, SETTINGS[choice.contestant][choice.setting]
+        log.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "out"
+            python = self.contestants[choice.contestant]
+            if choice.contestant == "saro_jax":
+                settings = saro_settings(args, dtype, self.files[kind], self.model, steps, options)
+                settings["srpo.reference_cache"] = out.parent / "reference"
+                command = [python, "-m", "saro_jax.train", f"--stage={KINDS[kind]}"]
+                command += ["--config=quickstart", f"--out={out}"]
+                command += [f"--{key}={value}" for key, value in settings.items()]
+            else:
+                job = {"peer": choice.contestant.lower(), "stage": KINDS[kind], "dtype": dtype}
+                job |= {"rows": str(self.files[kind].texts), "steps": steps, "options": options}
+                job |= {"tokens": str(self.files[kind].tokens), "model": str(self.model)}
+                job |= {"out": str(out), "batch": args.batch, "max_length": args.max_length}
+                described = Path(folder) / "job.json"
+                described.write_text(json.dumps(job))
+                command = [python, str(PEERS), "train", str(described)]
+            environment = os.environ | {
+                "PYTHONPATH": str(ROOT),
+                "JAX_PLATFORMS": "cpu",
+                "HF_HUB_OFFLINE": "1",
+                "HF_DATASETS_CACHE": str(Path(folder) / "datasets"),
+                "TOKENIZERS_PARALLELISM": "false",
+            }
+            environment.pop("GLIBC_TUNABLES", None)
+            if ALLOCATORS[choice.allocator]:
+                environment["GLIBC_TUNABLES"] = ALLOCATORS[choice.allocator]
+            load, started = os.getloadavg()[0], time.monotonic()
+            with log.open("w") as stream:
+                process = subprocess.Popen(
+                    command, env=environment, stdout=stream, stderr=subprocess.STDOUT, cwd=folder
+                )
+                # Not process.wait: the kernel tells the peak memory only to who collects it.
+                _, status, usage = os.wait4(process.pid, 0)
+                process.returncode = os.waitstatus_to_exitcode(status)
+            whole = time.monotonic() - started
+            if process.returncode:
+                last = (log.read_text().strip().splitlines() or ["no output"])[-1]
+                raise ValueError(
+                    f"{choice.contestant}, {kind}, {dtype}, {choice.setting}: ended with "
+                    f"{process.returncode}, see {log}: {last}"
+                )
+            found = read_saro(out) if choice.contestant == "saro_jax" else read_peer(out)
+        peak, refused = usage.ru_maxrss * 1024 / 1e9, found.pop("refused", "")
+        if refused:
+            return Run(kind, dtype, choice, [], [], [], 0.0, peak, whole, load, refused)
+        speeds = [n / s for n, s in zip(found["tokens"], found["seconds"], strict=True)]
+        speed = statistics.median(speeds[args.warmup : steps - 1])
+        return Run(
+            kind,
+            dtype,
+            choice,
+            **found,
+            tokens_per_second=speed,
+            peak_rss_gb=peak,
+            whole_run_s=whole,
+            load_before=load,
+        )
 
 
-def saro_command(
-    args: argparse.Namespace, stage: str, rows: Path, model: Path, out: Path
-) -> list[str]:
-    """The command line a user would type, with everything that a default might change spelt out."""
-    settings = {
+def saro_settings(
+    args: argparse.Namespace,
+    dtype: str,
+    rows: Rows,
+    model: Path,
+    steps: int,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """What a user would type, with everything that a default might change spelt out."""
+    return {
         "model.path": model,
-        "model.dtype": args.dtype,
-        "data.train": rows,
+        "model.dtype": dtype,
+        "data.train": rows.texts,
         "data.max_length": args.max_length,
         "data.shuffle": "false",
         "data.max_reject_share": 0,
-        "train.steps": args.steps,
+        "train.steps": steps,
         "train.batch_rows": args.batch,
         "train.log_every": 1,
         "optimizer.learning_rate": 1e-6,
-        "srpo.reference_cache": out.parent / "reference",
-    } | dict(setting.split("=", 1) for setting in args.saro)
-    command = [sys.executable, "-m", "saro_jax.train", f"--stage={stage}", "--config=quickstart"]
-    return [*command, f"--out={out}", *(f"--{key}={value}" for key, value in settings.items())]
+        **options,
+        **dict(setting.split("=", 1) for setting in args.saro),
+    }
 
 
-def read_saro(out: Path) -> tuple[list[int], list[float], list[float]]:
+def read_saro(out: Path) -> dict[str, Any]:
     """Tokens, seconds and loss of every step, from the run's own metrics."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     total = [0, *(line["num_tokens"] for line in lines)]
     tokens = [after - before for before, after in pairwise(total)]
     seconds = [n / line["tokens_per_second"] for n, line in zip(tokens, lines, strict=True)]
-    return tokens, seconds, [line["loss"] for line in lines]
+    return {"tokens": tokens, "seconds": seconds, "loss": [line["loss"] for line in lines]}
 
 
-def read_trl(out: Path) -> tuple[list[int], list[float], list[float]]:
-    found = json.loads((out / "steps.json").read_text())
-    return found["tokens"], found["seconds"], found["loss"]
+def read_peer(out: Path) -> dict[str, Any]:
+    return json.loads((out / "steps.json").read_text())
 
 
-def train_trl(job: dict[str, Any]) -> None:
-    """TRL's SFTTrainer or DPOTrainer on the rows of a job: runs in the peer's interpreter."""
-    from datasets import Dataset  # the peer's packages are not saro_jax's
-    from transformers import AutoTokenizer, TrainerCallback
+def check_same_work(runs: list[Run], batch: int) -> None:
+    """The trainers count their tokens themselves; counts and first losses must agree.
 
-    trl: Any = import_module("trl")
-
-    class Clock(TrainerCallback):
-        ends: list[float] = []  # noqa: RUF012 (one trainer a process)
-
-        def on_train_begin(self, *args, **kwargs):
-            self.ends.append(time.perf_counter())
-
-        def on_step_end(self, *args, **kwargs):
-            self.ends.append(time.perf_counter())
-
-    rows = [json.loads(line) for line in Path(job["rows"]).read_text(encoding="utf-8").splitlines()]
-    for row in rows:
-        prefix = row.pop("prefix", "")
-        for key in {"chosen", "rejected"} & row.keys():
-            row[key][0]["content"] = prefix + row[key][0]["content"]
-    common = {
-        "output_dir": job["out"],
-        "use_cpu": True,
-        "bf16": job["dtype"] == "bfloat16",  # autocast over float32 weights, as saro_jax has them
-        "max_steps": job["steps"],
-        "per_device_train_batch_size": job["batch"],
-        "max_length": job["max_length"],
-        "learning_rate": 1e-6,
-        "train_sampling_strategy": "sequential",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    if job["stage"] == "rw":
-        trainer_class, config = trl.SFTTrainer, trl.SFTConfig(**common)
-    else:
-        trainer_class = trl.DPOTrainer
-        config = trl.DPOConfig(**common, precompute_ref_log_probs=True)
-    clock = Clock()
-    trainer = trainer_class(
-        model=job["model"],
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(job["model"]),
-        callbacks=[clock],
-    )
-    trainer.train()
-    logs = [line for line in trainer.state.log_history if "loss" in line]
-    total = [0, *(int(line["num_tokens"]) for line in logs)]
-    result = {
-        "tokens": [b - a for a, b in pairwise(total)],
-        "seconds": [b - a for a, b in pairwise(clock.ends)],
-        "loss": [line["loss"] for line in logs],
-    }
-    Path(job["out"]).mkdir(parents=True, exist_ok=True)
-    (Path(job["out"]) / "steps.json").write_text(json.dumps(result))
-
-
-def check_same_work(runs: list[Run]) -> None:
-    """The trainers count the tokens of each step themselves; the counts must agree.
-
-    A template's newline after the last turn, which saro_jax leaves out, is the 1 % allowed.
+    A template's newline after the last turn, which saro_jax leaves out, is the one token a sequence
+    that is allowed.
     """
-    first = next(run for run in runs if run.stage == runs[-1].stage)
-    for k, (a, b) in enumerate(zip(first.tokens, runs[-1].tokens, strict=True)):
-        if abs(a - b) > 0.01 * a:
-            raise ValueError(
-                f"{runs[-1].stage} step {k + 1}: {first.contestant} trained {a} tokens, "
-                f"{runs[-1].contestant} {b}: not the same rows"
-            )
+    last = runs[-1]
+    first = next(run for run in runs if (run.kind, run.dtype) == (last.kind, last.dtype))
+    a, b = sum(first.tokens), sum(last.tokens)
+    names = (
+        f"{last.kind}, {last.dtype}: {first.choice.contestant} {{}}, {last.choice.contestant} {{}}"
+    )
+    if last.refused:
+        raise ValueError(f"{names.format('runs', last.refused)}; tune again")
+    if abs(a - b) > len(last.tokens) * batch * (1 if KINDS[last.kind] == "rw" else 2):
+        raise ValueError(f"{names.format(a, b)} tokens: not the same rows")
+    a, b = first.loss[0], last.loss[0]
+    if not abs(a - b) <= LOSS_TOLERANCE:
+        raise ValueError(f"{names.format(a, b)} first loss: not the same model or tokens")
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+def tune(args: argparse.Namespace, jobs: Jobs) -> None:
+    """Find the fastest setting, then allocator, of each contestant, stage and dtype: tuned.json.
+
+    Pairs are tuned on the first kind of them in --kinds; the other one takes the same.
+    """
+    file = args.out / "tuned.json"
+    tuned = json.loads(file.read_text()) if file.exists() else {}
+    stages = {KINDS[kind]: kind for kind in reversed(args.kinds)}
+    steps = max(TUNE_STEPS, args.warmup + 2)
+    for dtype in args.dtypes:
+        for stage, kind in stages.items():
+            for name in jobs.contestants:
+                best: tuple[float, Choice] | None = None
+
+                def attempt(choice, best=None, kind=kind, dtype=dtype):
+                    try:
+                        done = jobs.run(kind, dtype, choice, "tune", steps)
+                    except ValueError as error:  # out of memory, most often
+                        print(f"tune    {error}", flush=True)
+                        return best
+                    found = done.tokens_per_second, choice
+                    return max(filter(None, (best, found)), key=lambda pair: pair[0])
+
+                first, *others = ALLOCATORS
+                for setting in SETTINGS[name]:
+                    best = attempt(Choice(name, setting, first), best)
+                if best is None:
+                    raise ValueError(f"{name}, {kind}, {dtype}: no setting works")
+                for allocator in others:
+                    best = attempt(Choice(name, best[1].setting, allocator), best)
+                tuned[f"{name} {stage} {dtype}"] = list(best[1])
+                file.write_text(json.dumps(tuned, indent=2) + "\n")
+    print(file.read_text(), end="")
+
+
+def choices(
+    args: argparse.Namespace, contestants: dict[str, str], dtype: str
+) -> dict[str, list[Choice]]:
+    """How the contestants run, by stage: as tuned.json has it, else the first of each list."""
+    file = args.out / "tuned.json"
+    tuned = json.loads(file.read_text()) if file.exists() else {}
+    found: dict[str, list[Choice]] = {}
+    for stage in set(KINDS.values()):
+        found[stage] = []
+        for name in contestants:
+            plain = [name, next(iter(SETTINGS[name])), next(iter(ALLOCATORS))]
+            choice = Choice(*tuned.get(f"{name} {stage} {dtype}", plain))
+            if args.allocator:
+                choice = choice._replace(allocator=args.allocator)
+            found[stage].append(choice)
+            if args.default_malloc and choice.allocator != "default":
+                found[stage].append(choice._replace(allocator="default"))
+    return found
+
+
+# ---- report --------------------------------------------------------------------------------------
+
+
+def measure_ceilings(args: argparse.Namespace, contestants: dict[str, str]) -> dict[str, float]:
+    """harness.ceilings and torch's products, each in a process of its own; kept in results/."""
+    file = args.out / "results" / "ceilings.json"
+    if not file.exists():
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        environment["GLIBC_TUNABLES"] = HUGE_PAGES
+        commands = [[args.python, str(Path(harness.__file__))]]
+        if "TRL" in contestants:
+            commands.append([contestants["TRL"], str(PEERS), "matmul"])
+        found: dict[str, float] = {}
+        for command in commands:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise ValueError(f"ceilings: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+            found |= json.loads(done.stdout.splitlines()[-1])
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(found) + "\n")
+    return json.loads(file.read_text())
 
 
 def report(
     args: argparse.Namespace,
-    chosen: list[Contestant],
     runs: list[Run],
     versions: dict[str, str],
     prepared: str,
+    ceilings: dict[str, float],
 ) -> None:
     """Write the table and all measurements so far."""
-    lines = [
-        f"{cpu()}. {', '.join(f'{name} {version}' for name, version in versions.items())}.",
-        f"{args.model}, {args.dtype}, {prepared}; batch {args.batch}, max {args.max_length} "
-        f"tokens; median of steps {args.warmup + 1} to {args.steps - 1} of {args.steps}, of rounds "
-        f"({args.rounds}).",
-        "",
-    ]
-    peers = [c.name for c in chosen if c.trainer == "trl"]
-    head = ["stage", "trainer", "tokens/s", "best", "peak RSS GB", "whole run s"]
-    head += [f"x {name}" for name in peers]
-    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for stage in args.stages:
-        speeds = {
-            c.name: [
-                r.tokens_per_second for r in runs if (r.stage, r.contestant) == (stage, c.name)
-            ]
-            for c in chosen
+    head = ["rows", "dtype", "trainer", "setting", "allocator", "tokens/s", "best"]
+    head += ["peak RSS GB", "whole run s", "x TRL", "x Tunix", "RSS / TRL"]
+    groups: dict[tuple[str, str, Choice], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.kind, run.dtype, run.choice), []).append(run)
+
+    def speed(some: list[Run]) -> float:
+        return statistics.median(run.tokens_per_second for run in some)
+
+    def memory(some: list[Run]) -> float:
+        return max(run.peak_rss_gb for run in some)
+
+    rows = []
+    for (kind, dtype, choice), some in groups.items():
+        # A peer's own best, whichever allocator that is.
+        peers = {
+            name: max(
+                (
+                    s
+                    for (k, d, c), s in groups.items()
+                    if (k, d, c.contestant) == (kind, dtype, name)
+                ),
+                key=speed,
+                default=None,
+            )
+            for name in ("TRL", "Tunix")
         }
-        for contestant in chosen:
-            own = [r for r in runs if (r.stage, r.contestant) == (stage, contestant.name)]
-            if not own:
-                continue
-            speed = statistics.median(speeds[contestant.name])
-            cells = [STAGES[stage], contestant.name, f"{speed:.0f}"]
-            cells += [
-                f"{max(speeds[contestant.name]):.0f}",
-                f"{max(r.peak_rss_gb for r in own):.2f}",
-                f"{statistics.median(r.whole_run_s for r in own):.0f}",
+        trl, tunix = peers["TRL"], peers["Tunix"]
+        rows.append(
+            [
+                *(TITLES[kind], dtype, *choice, speed(some)),
+                max(run.tokens_per_second for run in some),
+                memory(some),
+                statistics.median(run.whole_run_s for run in some),
+                f"{speed(some) / speed(trl):.2f}" if trl else "",
+                f"{speed(some) / speed(tunix):.2f}" if tunix else "",
+                f"{memory(some) / memory(trl):.2f}" if trl else "",
             ]
-            for peer in peers:
-                known = bool(speeds[peer])
-                cells.append(f"{speed / statistics.median(speeds[peer]):.2f}" if known else "")
-            lines.append("| " + " | ".join(cells) + " |")
-    (args.out / "train_cpu.md").write_text("\n".join(lines) + "\n")
-    settings = {k: str(v) for k, v in vars(args).items() if k != "peer_job"}
-    record = {
-        "cpu": cpu(),
-        "versions": versions,
-        "settings": settings,
-        "tunables": {c.name: c.tunables for c in chosen},
-        "runs": [r._asdict() for r in runs],
-    }
-    (args.out / "train_cpu.json").write_text(json.dumps(record, indent=2) + "\n")
-
-
-def own_versions() -> dict[str, str]:
-    from saro_jax.config import provenance
-
-    found = {k: v for k, v in provenance().items() if k in ("saro_jax", "jax", "git_commit") and v}
-    return {"python": platform.python_version()} | {k: str(v)[:12] for k, v in found.items()}
-
-
-def peer_versions(python: str) -> dict[str, str]:
-    """Versions of the peer's packages; ValueError says what to install."""
-    code = (
-        "import json, torch, transformers, trl, accelerate\n"
-        "print(json.dumps({m.__name__: m.__version__ for m in (trl, transformers, torch)}))"
+        )
+    loads = [run.load_before for run in runs]
+    text = f"{harness.cpu()}, {harness.memory_gb():.0f} GB. {harness.named(versions)}.\n"
+    text += (
+        f"{args.model}, {prepared}; batch {args.batch}, max {args.max_length} tokens; median of "
     )
+    text += (
+        f"steps {args.warmup + 1} to {args.steps - 1} of {args.steps}, of {args.rounds} rounds. "
+    )
+    text += f"Load before a process: {min(loads):.1f} to {max(loads):.1f}.\n\n"
+    text += harness.table(head, rows)
+    if ceilings:
+        cells = [[name, value] for name, value in ceilings.items()]
+        text += f"\n\n{harness.table(['ceiling', 'of this machine'], cells)}"
+    refused = {
+        (run["choice"][0], run["choice"][1], run["refused"])
+        for file in sorted((args.out / "results").glob("tune-*.json"))
+        if (run := json.loads(file.read_text()))["refused"]
+    }
+    for name, setting, why in sorted(refused):
+        text += f"\n\n{name} does not run with {setting}: {why}."
+    record = {
+        "cpu": harness.cpu(),
+        "versions": versions,
+        "settings": {key: str(value) for key, value in vars(args).items()},
+        "allocators": ALLOCATORS,
+        "ceilings": ceilings,
+        "runs": [run._asdict() for run in runs],
+    }
+    harness.write(args.out, "train_cpu", text, record)
+
+
+def peer_versions(name: str, python: str) -> dict[str, str]:
+    """Versions of a peer's packages; ValueError says what to install."""
+    peer = name.lower()
+    packages = {"trl": "'trl==1.16.*' 'torch==2.13.0'", "tunix": "google-tunix==0.1.7 jax==0.10.2"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     try:
-        done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+        done = subprocess.run(
+            [python, str(PEERS), "versions", peer], env=environment, capture_output=True, text=True
+        )
     except OSError as error:
-        raise ValueError(f"--peer-python={python}: {error.strerror}") from None
+        raise ValueError(f"--{peer}-python={python}: {error.strerror}") from None
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise ValueError(
-            f"--peer-python={python}: {reason}; in an environment of its own, "
-            "pip install 'trl==1.16.*' 'torch==2.13.0', or leave TRL out: --contestants saro_jax"
+            f"--{peer}-python={python}: {reason}; in an environment of its own, pip install "
+            f"{packages[peer]}, or leave the option out"
         )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def cpu() -> str:
-    """Name and number of the processors this process may use; whether they have bfloat16."""
-    name, flags = platform.processor() or platform.machine(), ""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                name = value.strip()
-            elif key.strip() == "flags":
-                flags = value
-    except OSError:
-        pass
-    bf16 = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags.split()]
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{count} x {name}" + (f" ({', '.join(bf16)})" if bf16 else "")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found if peer == "trl" else {k: v for k, v in found.items() if k == "google-tunix"}
 
 
 if __name__ == "__main__":
