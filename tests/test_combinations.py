@@ -4,7 +4,7 @@ What is allowed is written down here once more, apart from `Config`, so that nei
 """
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 
 import jax
@@ -16,7 +16,7 @@ import tiny
 from saro_jax.config import Config
 from saro_jax.data.packing import Shape, arrange, pack
 from saro_jax.parallel import mesh as meshes
-from saro_jax.training import loop, mismatch, step
+from saro_jax.training import loop, mismatch, step, trainable
 from saro_jax.training.mismatch import Mismatches
 from saro_jax.training.scoring import make_scorer, score_items
 
@@ -48,9 +48,10 @@ def settings(loss, length, parts, scope, layout, reference):
     return found | ({"label_smoothing": 0.1} if loss == "robust" else {})
 
 
-def config(**srpo) -> Config:
+def config(rank: int = 0, **srpo) -> Config:
     model = {"dtype": "float32", "remat": "none"}
-    return Config.model_validate({"data": {"train": "x"}, "model": model, "srpo": srpo})
+    parts = {"data": {"train": "x"}, "model": model, "srpo": srpo, "lora": {"rank": rank}}
+    return Config.model_validate(parts)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -68,11 +69,19 @@ def test_a_combination_is_accepted_or_refused_in_one_line(loss):
     assert (refused == 0) == (loss in ("sigmoid", "robust", "hinge", "apo_zero", "apo_down"))
 
 
-# Adapters on and off belong here, beside the seed: what `params` gives and the loss differentiates.
 @cache
 def params(seed=0):
     tiny.folder()
     return tiny.params(seed)
+
+
+@cache
+def trees(rank):
+    """Trained, frozen and reference tree: another model, or adapters beside the reference model."""
+    if not rank:
+        return params(), {}, params(1)
+    start, frozen = trainable.start(tiny.ARCH, config(rank), params(1), meshes.make_mesh())
+    return jax.tree.map(lambda x: x + 0.05, start), frozen, start
 
 
 @cache
@@ -124,52 +133,53 @@ def stored_mismatches():
 
 
 @cache
-def programs(loss, length, parts):
+def programs(loss, length, parts, rank):
     chosen = settings(loss, length, parts, "suffix", "shared", "stored")
-    made = step.programs(tiny.ARCH, config(**chosen), "srpo", optax.identity())
-    return made if loss == "kto" else made._replace(score=score())
+    made = step.programs(tiny.ARCH, config(rank, **chosen), "srpo", optax.identity())
+    return made if loss == "kto" else made._replace(score=score(rank))
 
 
 @cache
-def score():
+def score(rank):
     """The scoring of pairs, which no loss changes: compiled once."""
-    return step.programs(tiny.ARCH, config(), "srpo", optax.identity()).score
+    return step.programs(tiny.ARCH, config(rank), "srpo", optax.identity()).score
 
 
-def one_step(pieces, loss, scope, layout, reference, groups):
+def one_step(pieces, rank, loss, scope, layout, reference, groups):
     """Loss and gradient of a step of all items, packed in the groups given."""
     paired, mesh = loss != "kto", meshes.make_mesh()
     some = items(paired, scope)
     blocks = [b for group in groups for b in pack(some, group, **SHAPES[layout]._asdict())]
-    resident = params(1) if reference == "resident" else None
+    trained, frozen, before = trees(rank)
+    resident = before if reference == "resident" else None
     needs = reference == "stored" and loss not in ("simpo", "orpo")
     with jax.set_mesh(mesh):
         baseline = 0.0
         if not paired:
             known = None if resident else stored_mismatches()
             given = Mismatches(some, SHAPES[layout], 80, known)
-            baseline = loop.kto_baseline(pieces, mesh, params(), resident, blocks, given)
-        gradients = loop.Gradients(pieces, params())
+            baseline = loop.kto_baseline(pieces, mesh, trained, frozen, resident, blocks, given)
+        gradients = loop.Gradients(pieces, trained, frozen)
         sums = loop.run_blocks(
             mesh,
             "srpo",
             blocks,
             stored(paired, scope, layout) if needs else None,
             gradients.add,
-            score=(lambda rows: pieces.score(resident, rows)) if resident else None,
+            score=partial(pieces.score, resident, frozen) if resident else None,
             baseline=baseline,
         )
     return loop.summarise("srpo", jax.device_get(sums)), gradients.sum
 
 
-def check(loss, length, parts):
+def check(loss, length, parts, rank):
     """All layouts, scopes and references of one program; accumulated equals the whole step."""
-    pieces, losses = programs(loss, length, parts), {}
+    pieces, losses = programs(loss, length, parts, rank), {}
     for data in DATA:
         if not allowed(loss, length, parts, *data):
             continue
-        whole, gradient = one_step(pieces, loss, *data, [range(COUNT)])
-        cut, summed = one_step(pieces, loss, *data, [[0, 3], [1], [5, 4, 2]])
+        whole, gradient = one_step(pieces, rank, loss, *data, [range(COUNT)])
+        cut, summed = one_step(pieces, rank, loss, *data, [[0, 3], [1], [5, 4, 2]])
         for name, value in whole.items():
             assert np.isfinite(value)
             assert cut[name] == pytest.approx(value, rel=1e-5, abs=1e-6), (data, name)
@@ -185,26 +195,35 @@ def check(loss, length, parts):
         assert losses["suffix", "shared", "stored"] != losses["step", "shared", "stored"]
 
 
-PROGRAMS = [p for p in product(LOSSES, LENGTHS, PARTS) if allowed(*p, "suffix", "shared", "stored")]
-QUICK = [p for p in PROGRAMS if p[1:] == ("sum", PARTS[0]) or p == ("sigmoid", "mean", PARTS[1])]
-QUICK += [("hinge", "desensitised", PARTS[1])]
+RANKS = (0, 2)  # adapters off and on
+PROGRAMS = [
+    (*p, rank)
+    for p in product(LOSSES, LENGTHS, PARTS)
+    for rank in RANKS
+    if allowed(*p, "suffix", "shared", "stored")
+]
+QUICK = [p for p in PROGRAMS if p[1:] == ("sum", PARTS[0], 0)]
+QUICK += [("hinge", "desensitised", PARTS[1], 0), ("sigmoid", "mean", PARTS[1], 2)]
+QUICK += [("kto", "sum", PARTS[0], 2)]
 
 
-@pytest.mark.parametrize(("loss", "length", "parts"), QUICK)
-def test_a_combination_trains_in_any_cut(loss, length, parts):
-    check(loss, length, parts)
+@pytest.mark.parametrize(("loss", "length", "parts", "rank"), QUICK)
+def test_a_combination_trains_in_any_cut(loss, length, parts, rank):
+    check(loss, length, parts, rank)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("loss", "length", "parts"), [p for p in PROGRAMS if p not in QUICK])
-def test_the_other_combinations_too(loss, length, parts):
-    check(loss, length, parts)
+@pytest.mark.parametrize(
+    ("loss", "length", "parts", "rank"), [p for p in PROGRAMS if p not in QUICK]
+)
+def test_the_other_combinations_too(loss, length, parts, rank):
+    check(loss, length, parts, rank)
 
 
 def test_the_baseline_depends_on_the_step_alone():
     """KTO's z0 is positive here and equals the mean over the mismatched rows, one by one."""
     some, mesh = items(False, "suffix"), meshes.make_mesh()
-    pieces = programs("kto", "sum", PARTS[0])
+    pieces = programs("kto", "sum", PARTS[0], 0)
     blocks = list(pack(some, range(COUNT), **SHAPES["shared"]._asdict()))
     given = Mismatches(some, SHAPES["shared"], 80, None)
     ratios = []
@@ -213,7 +232,7 @@ def test_the_baseline_depends_on_the_step_alone():
         policy, before = (tiny.item_logps(params(seed), joined)[0] for seed in (0, 1))
         ratios.append(policy - before)
     with jax.set_mesh(mesh):
-        one = loop.kto_baseline(pieces, mesh, params(), params(1), blocks, given)
-        other = loop.kto_baseline(pieces, mesh, params(1), params(), blocks, given)
+        one = loop.kto_baseline(pieces, mesh, params(), {}, params(1), blocks, given)
+        other = loop.kto_baseline(pieces, mesh, params(1), {}, params(), blocks, given)
     assert max(float(one), float(other)) == pytest.approx(abs(np.mean(ratios)), rel=1e-4)
     assert min(float(one), float(other)) == 0.0

@@ -107,7 +107,7 @@ def test_a_fall_stops_the_run_or_rolls_it_back(tmp_path, capsys):
     stopped = tmp_path / "stop"
     assert train.main(tiny.arguments("srpo", stopped, *FALL)) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    assert error.startswith("error: step 8: the chosen log-probs lie 5.2 nats below the reference")
+    assert error.startswith("error: step 8: the chosen log-probs lie 5.6 nats below the reference")
     assert saved_steps(stopped)[-1] == 7 and not (stopped / "model").exists()
     assert tiny.metrics(stopped)[-1]["step"] == 8, "the fall is in the metrics"
 
