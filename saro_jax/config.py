@@ -68,6 +68,11 @@ class ModelConfig(Section):
         description="what the backward pass recomputes: none = nothing (most memory), dots = "
         "all but matrix products, full = every layer from its input (least memory)",
     )
+    attention: Literal["auto", "xla", "flash"] = Field(
+        default="auto",
+        description="what computes attention: flash = fused kernels, for TPUs, xla = loops over "
+        "blocks, for any device, auto = flash on a TPU, else xla",
+    )
     chat_template: str | None = Field(
         default=None, description="Jinja file that replaces the tokenizer's chat template"
     )

@@ -33,6 +33,7 @@ from saro_jax.data.rows import StageKind
 from saro_jax.data.tokenise import Item
 from saro_jax.models import decoder, hub, huggingface
 from saro_jax.models.architecture import Architecture
+from saro_jax.models.attention import check_kernel
 from saro_jax.parallel import mesh as meshes
 from saro_jax.parallel import sharding
 from saro_jax.text import chat
@@ -97,6 +98,7 @@ def run(config: Config, stage: str, out: Path) -> int:
     if not _claim(config, stage, out):
         print(f"{out}: complete, nothing to do; the model is in {out / 'model'}")
         return 0
+    check_kernel(config.model.attention)
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shape = _shape(config, stage, mesh)
     folder = hub.resolve(config.model.path, config.model.revision)
@@ -333,6 +335,7 @@ def _reference(source: Source, params, items, groups, shape: Shape) -> np.ndarra
         source.mesh,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
+        attention=config.model.attention,
         branches=2,
     )
     where = config.srpo.reference_cache
@@ -363,7 +366,7 @@ def _packing(config: Config, items, groups, shape: Shape) -> str:
     if config.model.dtype != "bfloat16":
         return ""
     order = [[items[int(i)].id for i in group] for group in groups]
-    return f"{shape} {order}"
+    return f"{shape} {order} {config.model.attention}"
 
 
 def _export(config: Config, source: Source, params, out: Path) -> None:

@@ -476,6 +476,7 @@ def settings(root: Path) -> dict[str, tuple]:
         "model.dtype": ("rw", "bfloat16"),
         "model.param_dtype": ("rw", "bfloat16"),
         "model.remat": ("rw", "full", (), True),
+        "model.attention": ("rw", "flash"),
         "model.chat_template": ("rw", f"{root}/template.jinja"),
         "data.train": ("rw", f"{root}/split/test.jsonl"),
         "data.eval": ("rw", f"{data}/sft.jsonl"),

@@ -18,14 +18,15 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from saro_jax.models.architecture import Architecture, inverse_frequencies
-from saro_jax.models.attention import Tokens, attend, attend_cache
+from saro_jax.models.attention import Kernel, Tokens, attend, attend_cache
 from saro_jax.models.dot import dot
 from saro_jax.parallel.sharding import constrain_rows, whole_columns
 
 Params = dict[str, Any]
 F32 = jnp.float32
 NO_WINDOW = 2**30
-SAVED_DOTS = ("q", "k", "v", "attention", "gate", "up")  # what remat policy "dots" keeps
+# What remat policy "dots" keeps; `attend` names its output and the sums of its softmax.
+SAVED_DOTS = ("q", "k", "v", "attention", "logsumexp", "gate", "up")
 
 
 class Cache(NamedTuple):
@@ -89,7 +90,6 @@ class Attention(nnx.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         out_BTNH, carried = mix(q, k, v)
-        out_BTNH = checkpoint_name(out_BTNH, "attention")
         return self.o_proj(out_BTNH.reshape(B, T, -1)), carried
 
 
@@ -251,12 +251,13 @@ def forward(
     *,
     dtype: Any = F32,
     remat: str = "none",
+    attention: Kernel = "auto",
 ) -> jax.Array:
     """Hidden states after the final norm of packed rows, [B, T, D] in `dtype`.
 
     tokens_BT: int32 ids; where: segment, branch and position of each token (`attention.Tokens`).
-    remat: none | dots | full, what the backward pass computes again. Padding (segment 0) yields
-    finite, meaningless states.
+    remat: none | dots | full, what the backward pass computes again. attention: which code computes
+    it (`attention.attend`). Padding (segment 0) yields finite, meaningless states.
     """
 
     model, x_BTD, windows, variants, rope_of = _enter(
@@ -268,7 +269,7 @@ def forward(
 
         def mix(q, k, v):
             scale, cap = arch.attention_scale, arch.attention_softcap
-            return attend(q, k, v, where, window, scale, cap), None
+            return attend(q, k, v, where, window, scale, cap, kernel=attention), None
 
         return layer(x_BTD, arch, rope_of(variant), mix)
 

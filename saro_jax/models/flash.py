@@ -63,12 +63,11 @@ class Shape(NamedTuple):
 def default_blocks(length: int, group: int) -> Blocks:
     """Blocks for rows of `length` tokens and `group` query heads a key head.
 
-    Powers of two that divide the length, as large as keeps the scores [key, group * query] within
-    2 MiB: a step should outlast its fetches and what it costs by itself.
+    Powers of two that divide the padded length: 256, which on rows of several pairs compute a
+    quarter to a half less than 512 do, and fewer queries only where many heads share a key head.
     """
-    key = math.gcd(_round_up(length, LANES), 512)
-    query = min(key, max(LANES, 2 ** int(math.log2(1024 / group))))
-    return Blocks(query, key)
+    key = math.gcd(_round_up(length, LANES), 256)
+    return Blocks(min(key, 256 if group <= 4 else LANES), key)
 
 
 def _round_up(x: int, to: int) -> int:
@@ -157,10 +156,12 @@ def plan(tokens: Tokens, window: jax.Array, blocks: Blocks) -> Steps:
     own = (k_branch[0] == k_branch[1]) & (q_branch[0] == q_branch[1]) & (k_branch[0] == q_branch[0])
     plain &= shared | own
 
-    number = visible.sum(1, dtype=I32)
-    order = jnp.argsort(~visible, axis=1, stable=True)
+    rank = jnp.cumsum(visible, axis=1, dtype=I32)
+    number = rank[:, -1]
     at = jnp.arange(len(i), dtype=I32)
-    order = jnp.take_along_axis(order, jnp.minimum(at, number[:, None] - 1), axis=1)
+    # The n-th visible pair comes after all pairs of rank <= n; no sort, which compiles slowly.
+    wanted = jnp.minimum(at, number[:, None] - 1)
+    order = (rank[:, None, :] <= wanted[:, :, None]).sum(-1, dtype=I32)
     query, key = jnp.asarray(i, I32)[order], jnp.asarray(j, I32)[order]
     live = at < number[:, None]
     first = jnp.diff(query, axis=1, prepend=-1) != 0
@@ -295,7 +296,9 @@ def _specs(shape: Shape, G: int, T: int, H: int) -> dict[str, pl.BlockSpec]:
     bq, bk = shape.blocks
 
     def spec(block, index):
-        return pl.BlockSpec(block, lambda b, h, s, query, key, _: index(b, h, query[b, s], key[b, s]))
+        return pl.BlockSpec(
+            block, lambda b, h, s, query, key, _: index(b, h, query[b, s], key[b, s])
+        )
 
     return {
         "q_ids": spec((None, 8, bq), lambda b, h, i, j: (b, 0, i)),
@@ -303,7 +306,9 @@ def _specs(shape: Shape, G: int, T: int, H: int) -> dict[str, pl.BlockSpec]:
         "queries": spec((None, None, G, bq, H), lambda b, h, i, j: (b, h, 0, i, 0)),
         "keys": spec((None, None, bk, H), lambda b, h, i, j: (b, h, j, 0)),
         "statistics": spec((None, None, G, bq), lambda b, h, i, j: (b, h, 0, i)),
-        "whole": spec((None, None, T, H), lambda b, h, i, j: (b, h, 0, 0)),
+        "whole": pl.BlockSpec(
+            (None, None, T, H), lambda b, h, *_: (b, h, 0, 0), pipeline_mode=pl.Buffered(1)
+        ),
     }
 
 
@@ -331,9 +336,8 @@ def _call(kernel, shape: Shape, steps: Steps, operands, results, scratch, *, pro
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=WORKING_SET + sum(
-                2 * math.prod(x.shape[2:]) * 4 for name, x in results if name == "whole"
-            ),
+            vmem_limit_bytes=WORKING_SET
+            + sum(math.prod(x.shape[2:]) * 4 for name, x in results if name == "whole"),
         ),
         cost_estimate=cost,
         interpret=shape.interpret,
@@ -482,11 +486,11 @@ def attend(
 
     blocks: None = `default_blocks`; on a TPU multiples of 128 tokens. interpret: run the kernels'
     bodies as plain XLA operations, for tests on any device. The algorithm is FlashAttention-2
-    (Dao, 2023) with the gradients of q, k and v in one pass. The row's gradients of k and v stay
-    in fast memory, which bounds the row length (`longest`).
+    (Dao, 2023) with the gradients of q, k and v in one pass: those of a row's keys and values stay
+    in fast memory, which bounds the row length (`attention.LONGEST`).
     """
     T, N = q_BTNH.shape[1:3]
-    K, H = k_BTKH.shape[2:]
+    K = k_BTKH.shape[2]
     assert N % K == 0, (q_BTNH.shape, k_BTKH.shape)
     shape = Shape(blocks or default_blocks(T, N // K), scale, softcap, interpret)
     window = jnp.asarray(window, I32)

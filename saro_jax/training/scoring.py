@@ -17,7 +17,7 @@ from saro_jax.data.pipeline import Shape
 from saro_jax.data.tokenise import Item
 from saro_jax.models import decoder
 from saro_jax.models.architecture import Architecture
-from saro_jax.models.attention import Tokens
+from saro_jax.models.attention import Kernel, Tokens
 from saro_jax.objectives.logprobs import TokenScores, token_scores
 from saro_jax.parallel import sharding
 
@@ -30,11 +30,20 @@ class Sequences(NamedTuple):
 
 
 def score_tokens(
-    arch: Architecture, params: Any, rows: Rows, *, dtype: Any, remat: str, entropy: bool = False
+    arch: Architecture,
+    params: Any,
+    rows: Rows,
+    *,
+    dtype: Any,
+    remat: str,
+    attention: Kernel = "auto",
+    entropy: bool = False,
 ) -> TokenScores:
     """Log-prob of every scored token of packed rows, [B, S], differentiable in `params`."""
     where = Tokens(rows.segment, rows.branch, rows.position)
-    hidden_BTD = decoder.forward(arch, params, rows.tokens, where, dtype=dtype, remat=remat)
+    hidden_BTD = decoder.forward(
+        arch, params, rows.tokens, where, dtype=dtype, remat=remat, attention=attention
+    )
     hidden_BSD = jnp.take_along_axis(hidden_BTD, rows.source[..., None], axis=1)
     return token_scores(
         hidden_BSD,
@@ -64,13 +73,19 @@ def put(mesh: Mesh, rows: Rows) -> Rows:
 
 
 def make_scorer(
-    arch: Architecture, mesh: Mesh, *, dtype: Any, remat: str, branches: int
+    arch: Architecture,
+    mesh: Mesh,
+    *,
+    dtype: Any,
+    remat: str,
+    branches: int,
+    attention: Kernel = "auto",
 ) -> Callable[[Any, Rows], Sequences]:
     """A compiled `(params, rows) -> Sequences`; rows are host arrays."""
 
     @jax.jit
     def run(params, rows):
-        scores = score_tokens(arch, params, rows, dtype=dtype, remat=remat)
+        scores = score_tokens(arch, params, rows, dtype=dtype, remat=remat, attention=attention)
         return sum_sequences(scores.logp, rows, branches)
 
     def scorer(params, rows):

@@ -84,6 +84,7 @@ def _score(arch, config: Config, params, rows, *, entropy: bool):
         rows,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
+        attention=config.model.attention,
         entropy=entropy,
     )
 
