@@ -382,6 +382,9 @@ def _prepared(q_BTNH, k_BTKH, v_BTKH, tokens: Tokens, window, shape: Shape):
     return plan(tokens, window, shape.blocks), operands
 
 
+# Compiled as functions of their own, for JAX drops a function whose results are not used, but never
+# a kernel: the backward pass of a layer that saved the results would else name the kernel again.
+@partial(jax.jit, static_argnames="shape")
 def _run_forward(q_BTNH, k_BTKH, v_BTKH, tokens, window, shape: Shape):
     """The output [B, T, N, H], and the log of each softmax sum, float32 [B, K, G, padded T]."""
     steps, operands = _prepared(q_BTNH, k_BTKH, v_BTKH, tokens, window, shape)
@@ -397,6 +400,7 @@ def _run_forward(q_BTNH, k_BTKH, v_BTKH, tokens, window, shape: Shape):
     return _token_major(out, q_BTNH.shape[1]), lse
 
 
+@partial(jax.jit, static_argnames="shape")
 def _run_backward(q_BTNH, k_BTKH, v_BTKH, tokens, window, out_BTNH, lse, dout_BTNH, shape: Shape):
     """Gradients of q, k and v, in their dtypes."""
     steps, operands = _prepared(q_BTNH, k_BTKH, v_BTKH, tokens, window, shape)
