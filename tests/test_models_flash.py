@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +74,7 @@ CASES = [
     # T, N, K, H, blocks, softcap
     (53, 6, 2, 8, (8, 16), None),
     (64, 4, 4, 16, (16, 8), 2.0),
-    (37, 4, 1, 8, (8, 8), 3.0),
-    (20, 2, 1, 8, (32, 32), None),
+    (37, 4, 1, 8, (64, 64), 3.0),
 ]
 
 
@@ -97,7 +97,7 @@ def test_equals_the_blockwise_path(case):
 
 
 def test_bfloat16_is_as_close_to_float32_as_the_blockwise_path():
-    T, N, K, H = 64, 4, 2, 16
+    T, N, K, H = CASES[0][:4]
     rng = np.random.default_rng(7)
     tokens = random_tokens(rng, 3, T)
     draw = [rng.normal(size=(3, T, n, H)).astype(np.float32) for n in (N, K, K, N)]
@@ -115,7 +115,7 @@ def test_bfloat16_is_as_close_to_float32_as_the_blockwise_path():
         assert error(got) < min(0.01, 1.2 * error(other))
 
 
-@pytest.mark.parametrize("blocks", [(8, 8), (8, 16), (16, 8)])
+@pytest.mark.parametrize("blocks", [(8, 16), (16, 8)])
 def test_the_plan_has_every_visible_pair_and_masks_all_but_whole_ones(blocks):
     rng = np.random.default_rng(3)
     T, (bq, bk) = 96, blocks
@@ -178,9 +178,24 @@ def test_the_decoder_computes_the_same_and_dots_runs_the_kernel_once():
     ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(np.abs(a).max()))
     for remat, runs in (("none", 1), ("dots", 1), ("full", 2)):
-        program = str(jax.make_jaxpr(partial(gradient, kernel="interpret", remat=remat))(tree))
-        assert program.count("name=_run_forward") == runs, remat
-        assert program.count("name=_run_backward") == 1, remat
+        program = jax.make_jaxpr(partial(gradient, kernel="interpret", remat=remat))(tree)
+        found = kernels(program.jaxpr)
+        assert (found.count("forward_kernel"), found.count("backward_kernel")) == (runs, 1), remat
+
+
+def kernels(jaxpr: Any) -> list[str]:
+    """Names of the kernels that a program calls, those of inner programs too."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            found.append(equation.params["name"])
+            continue
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            found += kernels(inner) if hasattr(inner, "eqns") else []
+    return found
 
 
 def test_lowers_for_a_tpu():
