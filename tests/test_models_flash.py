@@ -206,7 +206,7 @@ def test_lowers_for_a_tpu():
         (4, 4, 64, jnp.float32),
     ):
         shapes = [jax.ShapeDtypeStruct((B, T, n, H), dtype) for n in (N, K, K)]
-        ids = Tokens(*[jax.ShapeDtypeStruct((B, T), jnp.int32)] * 3)
+        ids: Any = Tokens(*[jax.ShapeDtypeStruct((B, T), jnp.int32)] * 3)  # pyright: ignore
 
         def loss(q, k, v, tokens):
             return flash.attend(q, k, v, tokens, FAR, 0.1).astype(jnp.float32).sum()
@@ -256,7 +256,7 @@ with jax.set_mesh(meshes.make_mesh(2, 2, 2)):
     got = t.values_and_gradients(*arguments, (8, 8), 3.0)
 for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-print(got[0].sharding.spec)
+assert tuple(got[0].sharding.spec)[:3] == (("data", "fsdp"), None, "tensor")
 """
 
 
@@ -284,7 +284,6 @@ def test_sharded_equals_one_device():
     flags = "--xla_force_host_platform_device_count=8"
     ran = child("-c", SHARDED, XLA_FLAGS=flags)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ran.stdout.splitlines()[0].startswith("PartitionSpec(('data', 'fsdp'), None, 'tensor'")
 
 
 @pytest.mark.slow

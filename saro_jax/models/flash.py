@@ -14,7 +14,7 @@ over sublanes, the cheap direction of a TPU.
 
 import math
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -424,7 +424,7 @@ def _run_backward(q_BTNH, k_BTKH, v_BTKH, tokens, window, out_BTNH, lse, dout_BT
     return _token_major(dq, T), dk, dv
 
 
-def _over_mesh(run, rows: tuple[P, ...], results: tuple[P, ...]):
+def _over_mesh(run, rows: tuple[Any, ...], results: tuple[P, ...]):
     """`run` of each device's rows and heads, where a mesh is set; a kernel is not partitioned."""
     if jax.sharding.get_abstract_mesh().empty:
         return run
@@ -454,7 +454,7 @@ def _flash_fwd(q_BTNH, k_BTKH, v_BTKH, tokens, window, shape):
     arrays, ids, statistics = _partitions(q_BTNH, k_BTKH)
     run = _over_mesh(
         partial(_run_forward, shape=shape),
-        (arrays, arrays, arrays, Tokens(ids, ids, ids), P()),
+        (arrays, arrays, arrays, ids, P()),
         (arrays, statistics),
     )
     out_BTNH, lse = run(q_BTNH, k_BTKH, v_BTKH, tokens, window)
@@ -466,7 +466,7 @@ def _flash_fwd(q_BTNH, k_BTKH, v_BTKH, tokens, window, shape):
 def _flash_bwd(shape, residuals, dout_BTNH):
     q_BTNH, k_BTKH = residuals[:2]
     arrays, ids, statistics = _partitions(q_BTNH, k_BTKH)
-    inputs = (arrays, arrays, arrays, Tokens(ids, ids, ids), P(), arrays, statistics, arrays)
+    inputs = (arrays, arrays, arrays, ids, P(), arrays, statistics, arrays)
     run = _over_mesh(partial(_run_backward, shape=shape), inputs, (arrays, arrays, arrays))
     return *run(*residuals, dout_BTNH), None, None
 
