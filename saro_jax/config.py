@@ -84,11 +84,16 @@ class ModelConfig(Section):
         description="dtype of the weights that do not train (lora.rank, train.freeze), such as "
         "bfloat16 under float32 adapters; null = model.param_dtype",
     )
-    remat: Literal["none", "dots", "full"] = Field(
-        default="full",
+    remat: Literal["none", "dots", "attention", "full"] = Field(
+        default="attention",
         description="what the backward pass recomputes: none = nothing (most memory), dots = "
-        "all but matrix products, full = every layer from its input but for attention (least "
-        "memory)",
+        "all but matrix products, attention = all but attention's result, full = every layer from "
+        "its input (least memory)",
+    )
+    attention: Literal["auto", "xla", "flash"] = Field(
+        default="auto",
+        description="what computes attention: flash = fused kernels, for TPUs, xla = loops over "
+        "blocks, for any device, auto = flash on a TPU, else xla",
     )
     chat_template: str | None = Field(
         default=None, description="Jinja file that replaces the tokenizer's chat template"

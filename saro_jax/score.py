@@ -22,6 +22,7 @@ from saro_jax.config import Config, Flag
 from saro_jax.data import pipeline, rows
 from saro_jax.data.packing import Shape, arrange, laid_out_length
 from saro_jax.models import decoder, hub, huggingface
+from saro_jax.models.attention import check_kernel
 from saro_jax.parallel import mesh as meshes
 from saro_jax.parallel import sharding
 from saro_jax.text import chat
@@ -88,6 +89,7 @@ def score(config: Config, kind: rows.StageKind, out: Path, *, whole: bool = Fals
         print(f"{len(rejects)} of {total} rows rejected: {out}.rejects.jsonl", file=sys.stderr)
     rows.check_share(rejects, total, config.data.max_reject_share)
 
+    check_kernel(config.model.attention)
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     dtype = jnp.dtype(config.model.dtype)
     if whole and config.data.row_length is None and items:
@@ -95,7 +97,14 @@ def score(config: Config, kind: rows.StageKind, out: Path, *, whole: bool = Fals
         row_length = max(LEAST_ROW, -(-longest // 128) * 128)
     places = sharding.shardings(mesh, decoder.abstract_params(arch, dtype))
     params = huggingface.load_params(folder, arch, dtype, places)
-    scorer = make_scorer(arch, mesh, dtype=dtype, remat="none", branches=branches)
+    scorer = make_scorer(
+        arch,
+        mesh,
+        dtype=dtype,
+        remat="none",
+        branches=branches,
+        attention=config.model.attention,
+    )
     micro_rows = max(config.train.micro_rows, meshes.row_shards(mesh))
     results = {}
     shape = Shape(row_length, micro_rows, layout, config.data.row_buckets)

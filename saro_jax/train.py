@@ -38,6 +38,7 @@ from saro_jax.data.rows import Reject, StageKind
 from saro_jax.data.tokenise import Item
 from saro_jax.models import decoder, hub, huggingface
 from saro_jax.models.architecture import Architecture
+from saro_jax.models.attention import check_kernel
 from saro_jax.objectives.preference import REFERENCE_FREE
 from saro_jax.parallel import mesh as meshes
 from saro_jax.parallel import sharding
@@ -172,6 +173,7 @@ def prepare(config: Config, stage: str) -> Prepared:
 
     Writes nothing and refuses no row; `config.model.path` must be filled in.
     """
+    check_kernel(config.model.attention)
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shape = _shape(config, stage, mesh)
     folder = hub.resolve(config.model.path, config.model.revision)
@@ -497,6 +499,7 @@ def _reference(source: Source, params, items, groups, shape: Shape) -> np.ndarra
         source.mesh,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
+        attention=config.model.attention,
         branches=len(items[0].branches),
     )
     where = config.srpo.reference_cache
@@ -536,7 +539,7 @@ def _packing(config: Config, items, groups, shape: Shape) -> str:
     if config.model.dtype != "bfloat16":
         return ""
     order = [[[items[i].id for i in row] for row in group] for group in groups]
-    return f"{shape} {order}"
+    return f"{shape} {order} {config.model.attention}"
 
 
 def _export(config: Config, source: Source, params, out: Path) -> None:

@@ -153,7 +153,7 @@ def test_the_place_in_the_row_and_its_length_do_not_matter():
     np.testing.assert_allclose(in_short_rows, alone, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "attention", "full"])
 def test_recomputing_activations_changes_nothing(remat):
     plain, again = gradients("preference", ALL), gradients("preference", ALL, remat=remat)
     np.testing.assert_allclose(plain[0], again[0], rtol=0, atol=1e-4)

@@ -98,7 +98,7 @@ def test_remat_changes_no_gradient(model):
         return jax.jit(jax.grad(loss))(params)
 
     plain = grads("none")
-    for remat in ("dots", "full"):
+    for remat in ("dots", "attention", "full"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads(remat), plain
         )

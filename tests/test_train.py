@@ -558,6 +558,7 @@ def settings(root: Path) -> dict[str, tuple]:
         "model.param_dtype": ("rw", "bfloat16"),
         "model.frozen_dtype": ("rw", "bfloat16", LORA),
         "model.remat": ("rw", "full", (), True),
+        "model.attention": ("rw", "flash"),
         "model.chat_template": ("rw", f"{root}/template.jinja"),
         "data.train": ("rw", f"{root}/split/test.jsonl"),
         "data.eval": ("rw", f"{data}/sft.jsonl"),

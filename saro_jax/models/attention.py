@@ -10,7 +10,7 @@ branches, without any of them seeing another.
 """
 
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,10 @@ from jax.ad_checkpoint import checkpoint_name
 F32 = jnp.float32
 NEGATIVE = -1e30  # a finite "minus infinity": (NEGATIVE - NEGATIVE) stays a number
 BLOCK = 64  # on a CPU as fast as 128 a block, and less of it is masked (docs/log.md)
-SAVED = ("attention", "attention_lse")  # names of what the backward pass needs of the forward one
+SAVED = ("attention", "logsumexp")  # names of what the backward pass needs of the forward one
+LONGEST = 2**25  # bytes of the keys' and values' gradients of one row and head that `flash` holds
+
+Kernel = Literal["auto", "xla", "flash", "interpret"]
 
 
 class Tokens(NamedTuple):
@@ -160,7 +163,7 @@ def _blockwise(q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, block):
 
 def _blockwise_fwd(q, k, v, tokens, window, scale, softcap, block):
     out, lse = _forward(q, k, v, tokens, window, scale, softcap, block)
-    # Named here, where remat can see both: with them saved it need not run the forward pass again.
+    # Named here, where both are residuals: remat that saves them does not run the forward again.
     out, lse = checkpoint_name(out, SAVED[0]), checkpoint_name(lse, SAVED[1])
     return out, (q, k, v, tokens, window, out, lse)
 
@@ -217,6 +220,41 @@ def _blockwise_bwd(scale, softcap, block, residuals, dout_BTNH):
 _blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
 
 
+def platform() -> str:
+    """Where a function that is being traced will run: tpu, gpu or cpu.
+
+    The mesh decides where one is set: it may be of devices that this process does not have.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.default_backend()
+    kind = device.device_kind.lower()
+    return "tpu" if kind.startswith("tpu") else "cpu" if kind == "cpu" else "gpu"
+
+
+def check_kernel(kernel: Kernel) -> None:
+    """Refuse the fused kernel where there is no device that it is written for."""
+    if kernel == "flash" and platform() != "tpu":
+        raise ValueError(
+            f"model.attention=flash needs a TPU, this is a {platform()}; set it to auto or xla"
+        )
+
+
+def _fused(kernel: Kernel, length: int, head_dim: int) -> bool:
+    """Whether the kernels of `flash` compute it; `auto` takes them on a TPU, for rows that fit."""
+    check_kernel(kernel)
+    size = 2 * 4 * length * max(head_dim, 128)
+    if kernel == "flash" and size > LONGEST:
+        longest = LONGEST // (size // length)
+        raise ValueError(
+            f"model.attention=flash holds rows of up to {longest} tokens at a head width of "
+            f"{head_dim}, got {length}; set it to auto or xla"
+        )
+    return kernel in ("flash", "interpret") or (
+        kernel == "auto" and platform() == "tpu" and size <= LONGEST
+    )
+
+
 def attend(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
@@ -227,13 +265,25 @@ def attend(
     softcap: float | None = None,
     *,
     block: int = BLOCK,
+    kernel: Kernel = "auto",
 ) -> jax.Array:
     """Attention of packed rows, [B, T, N, H] in q's dtype; float32 softmax.
 
     window: a query sees keys less than `window` positions before it (itself included); may be
     traced. Queries of padding get zeros. Blocks of keys that no query of a block can see (earlier
     segments, outside the window, the future, sibling branches) are skipped, not masked.
+
+    kernel: xla = the loops of this file, in blocks of `block`; flash = the fused kernels of
+    `flash.py`, for TPUs; auto = flash on a TPU, else xla; interpret = the bodies of the fused
+    kernels as XLA operations, on any device, for tests.
     """
+    if _fused(kernel, q_BTNH.shape[1], q_BTNH.shape[3]):
+        from saro_jax.models import flash  # here, for it imports this file, and Pallas takes time
+
+        interpret = kernel == "interpret"
+        return flash.attend(
+            q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, interpret=interpret
+        )
     T, N = q_BTNH.shape[1:3]
     assert N % k_BTKH.shape[2] == 0, (q_BTNH.shape, k_BTKH.shape)
     block = min(block, T)

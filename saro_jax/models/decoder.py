@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from saro_jax.models.architecture import Architecture, inverse_frequencies
 from saro_jax.models.attention import SAVED as SAVED_ATTENTION
-from saro_jax.models.attention import Tokens, attend, attend_cache
+from saro_jax.models.attention import Kernel, Tokens, attend, attend_cache
 from saro_jax.models.dot import dot
 from saro_jax.models.lora import Adapters, LowRank
 from saro_jax.parallel.sharding import constrain_rows, whole_columns
@@ -28,8 +28,12 @@ from saro_jax.parallel.sharding import constrain_rows, whole_columns
 Params = dict[str, Any]
 F32 = jnp.float32
 NO_WINDOW = 2**30
-# What the remat policies keep. Attention costs much time to run again and little memory to keep.
-SAVED = {"full": SAVED_ATTENTION, "dots": ("q", "k", "v", *SAVED_ATTENTION, "gate", "up")}
+# What the remat policies keep of a layer beside its input (`attend` names its own residuals).
+SAVED = {
+    "full": (),
+    "attention": SAVED_ATTENTION,
+    "dots": ("q", "k", "v", *SAVED_ATTENTION, "gate", "up"),
+}
 
 
 class Cache(NamedTuple):
@@ -259,12 +263,14 @@ def forward(
     dtype: Any = F32,
     remat: str = "none",
     adapters: Adapters | None = None,
+    attention: Kernel = "auto",
 ) -> jax.Array:
     """Hidden states after the final norm of packed rows, [B, T, D] in `dtype`.
 
     tokens_BT: int32 ids; where: segment, branch and position of each token (`attention.Tokens`).
-    remat: none | dots | full, what the backward pass computes again. adapters: `lora.bind`; they
-    join layer by layer inside the scan. Padding (segment 0) yields finite, meaningless states.
+    remat: none | dots | attention | full, what the backward pass computes again. adapters:
+    `lora.bind`; they join layer by layer inside the scan. attention: which code computes it
+    (`attention.attend`). Padding (segment 0) yields finite, meaningless states.
     """
 
     model, x_BTD, windows, variants, rope_of = _enter(
@@ -276,7 +282,7 @@ def forward(
 
         def mix(q, k, v):
             scale, cap = arch.attention_scale, arch.attention_softcap
-            return attend(q, k, v, where, window, scale, cap), None
+            return attend(q, k, v, where, window, scale, cap, kernel=attention), None
 
         joined = {} if adapters is None else adapters.of_layer(*low)
         return layer(x_BTD, arch, rope_of(variant), mix, joined)

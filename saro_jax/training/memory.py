@@ -68,6 +68,7 @@ def estimate(
     stored = 4 if cpu else compute  # what is kept for the backward pass: XLA's CPU code widens it
     kept = {
         "full": D * compute,
+        "attention": (D + N) * compute + 4 * arch.num_heads,
         "dots": (D + 2 * N + 2 * K + 2 * F) * stored,
         "none": (4 * D + 2 * N + 2 * K + 2 * F) * stored + (4 * F + 2 * D) * 4,
     }[config.model.remat]

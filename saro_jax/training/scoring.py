@@ -17,7 +17,7 @@ from saro_jax.data.packing import Rows, Shape, blocks
 from saro_jax.data.tokenise import Item
 from saro_jax.models import decoder
 from saro_jax.models.architecture import Architecture
-from saro_jax.models.attention import Tokens
+from saro_jax.models.attention import Kernel, Tokens
 from saro_jax.models.lora import Adapters
 from saro_jax.objectives.logprobs import TokenScores, token_scores
 from saro_jax.objectives.preference import SEGMENTS
@@ -38,6 +38,7 @@ def score_tokens(
     *,
     dtype: Any,
     remat: str,
+    attention: Kernel = "auto",
     entropy: bool = False,
     adapters: Adapters | None = None,
     train_head: bool = True,
@@ -49,7 +50,14 @@ def score_tokens(
     """
     where = Tokens(rows.segment, rows.branch, rows.position)
     hidden_BTD = decoder.forward(
-        arch, params, rows.tokens, where, dtype=dtype, remat=remat, adapters=adapters
+        arch,
+        params,
+        rows.tokens,
+        where,
+        dtype=dtype,
+        remat=remat,
+        adapters=adapters,
+        attention=attention,
     )
     hidden_BSD = jnp.take_along_axis(hidden_BTD, rows.source[..., None], axis=1)
     adapter = None if adapters is None else adapters.of_head()
@@ -84,13 +92,19 @@ def put(mesh: Mesh, rows: Rows) -> Rows:
 
 
 def make_scorer(
-    arch: Architecture, mesh: Mesh, *, dtype: Any, remat: str, branches: int
+    arch: Architecture,
+    mesh: Mesh,
+    *,
+    dtype: Any,
+    remat: str,
+    branches: int,
+    attention: Kernel = "auto",
 ) -> Callable[[Any, Rows], Sequences]:
     """A compiled `(params, rows) -> Sequences`; rows are host arrays."""
 
     @jax.jit
     def run(params, rows):
-        scores = score_tokens(arch, params, rows, dtype=dtype, remat=remat)
+        scores = score_tokens(arch, params, rows, dtype=dtype, remat=remat, attention=attention)
         return sum_sequences(scores.logp, rows, branches)
 
     def scorer(params, rows):

@@ -142,6 +142,7 @@ def _score(arch, config: Config, params, rows, key=None, *, entropy: bool):
         rows,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
+        attention=config.model.attention,
         entropy=entropy,
         adapters=adapters,
         train_head=trainable.trains_head(arch, config),
