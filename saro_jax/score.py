@@ -1,9 +1,10 @@
 """Scoring: `python -m saro_jax.score --model=DIR_OR_ID --rows=FILE --out=FILE [--a.b=value ...]`.
 
 Writes one JSON line a row, in the order of the rows. Preference rows: id, logps/chosen,
-logps/rejected, num_tokens/chosen, num_tokens/rejected; SFT rows: id, logps, num_tokens. Log-probs
-are natural logs, summed over the scored tokens (the answer with its end-of-turn token; for process
-pairs the branches only), computed by the code that SRPO trains with, in float32 unless
+logps/rejected, num_tokens/chosen, num_tokens/rejected; SFT rows: id, logps, num_tokens; rows of
+several completions of one prompt (n samples, computed with one shared prefix): the same as lists.
+Log-probs are natural logs, summed over the scored tokens (the answer with its end-of-turn token;
+for process pairs the branches only), computed by the code that SRPO trains with, in float32 unless
 --model.dtype says otherwise. Sequences are cut at the model's own limit or at --data.max_length.
 Rows that can not be scored go to OUT.rejects.jsonl, versions to OUT.provenance.json.
 """
@@ -36,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     flags = [
         Flag("model", "model folder, .gguf file or Hub id", required=True),
-        Flag("rows", "file, folder or Hub id of preference or SFT rows", required=True),
+        Flag("rows", "file, folder or Hub id of preference, SFT or samples rows", required=True),
         Flag("out", "JSON lines file to write", parse=Path, required=True),
-        Flag("kind", "what the rows are", "auto", choices=("auto", "preference", "sft")),
+        Flag("kind", "what the rows are", "auto", choices=("auto", "preference", "sft", "samples")),
     ]
     try:
         args = configuration.parse_command_line(
@@ -72,7 +73,6 @@ def score(config: Config, kind: rows.StageKind, out: Path, *, whole: bool = Fals
         config = config.model_copy(update={"data": data})
     decoder.check_length(arch, config.data.max_length)
     tokenizer = chat.load_tokenizer(folder, config.model.chat_template)
-    branches = 2 if kind == "preference" else 1
     layout = config.srpo.layout if kind == "preference" else "shared"
     row_length = pipeline.row_length(config.data, kind)
     items, rejects, total = pipeline.read_items(
@@ -102,7 +102,7 @@ def score(config: Config, kind: rows.StageKind, out: Path, *, whole: bool = Fals
         mesh,
         dtype=dtype,
         remat="none",
-        branches=branches,
+        branches=max((len(item.branches) for item in items), default=1),
         attention=config.model.attention,
     )
     micro_rows = max(config.train.micro_rows, meshes.row_shards(mesh))
@@ -114,7 +114,7 @@ def score(config: Config, kind: rows.StageKind, out: Path, *, whole: bool = Fals
     ]
     scored = score_items(scorer, params, items, groups, shape)
     for i, logps, counts in tqdm(scored, total=len(items), unit="row", disable=None):
-        logp, tokens = logps.sum(-1), counts.sum(-1)
+        logp, tokens = logps.sum(-1), counts.sum(-1).astype(int)
         if kind == "preference":
             results[i] = {
                 "logps/chosen": float(logp[0]),
@@ -122,6 +122,9 @@ def score(config: Config, kind: rows.StageKind, out: Path, *, whole: bool = Fals
                 "num_tokens/chosen": int(tokens[0]),
                 "num_tokens/rejected": int(tokens[1]),
             }
+        elif kind == "samples":
+            n = len(items[i].branches)
+            results[i] = {"logps": logp[:n].tolist(), "num_tokens": tokens[:n].tolist()}
         else:
             results[i] = {"logps": float(logp[0]), "num_tokens": int(tokens[0])}
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -53,6 +53,42 @@ def test_sft_rows_have_the_log_probs_of_plain_sequences(tmp_path):
         assert len(record) == 3
 
 
+def test_samples_of_one_prompt_share_it_and_have_the_log_probs_of_plain_sequences(tmp_path):
+    texts = ["no", "no, refuse it", "yes, take it. that is fine", "it is fine"]
+    samples = [
+        {"id": f"n{n}", "prompt": f"open lock {n}", "prefix": "so " * (n % 2)}
+        | {"completions": texts[:n]}
+        for n in range(1, 5)
+    ]
+    file = tiny.write_rows(tmp_path / "samples.jsonl", samples)
+    out = tmp_path / "scores.jsonl"
+    assert score.main([f"--model={tiny.folder()}/model", f"--rows={file}", f"--out={out}"]) == 0
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    read, rejects = rows.read(str(file), rows.detect_kind(str(file)))
+    assert not rejects
+    several = tokenise(read, chat.load_tokenizer(tiny.folder() / "model"), 512)[0]
+    for n, (record, item) in enumerate(zip(found, several, strict=True), 1):
+        assert len(item.branches) == len(record["logps"]) == n
+        assert record["logps"] == pytest.approx(
+            tiny.item_logps(tiny.params(), item), rel=0, abs=1e-4
+        )
+        assert record["num_tokens"] == [int(b.scored.sum()) for b in item.branches]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "a"}, "missing column: 'completions'"),
+        ({"prompt": "a", "completions": []}, "wrong type: completions must be a list"),
+        ({"prompt": "a", "completions": [[{"role": "user", "content": "x"}]]}, "wrong turns"),
+    ],
+)
+def test_rows_that_are_no_samples_say_why(row, words, tmp_path):
+    file = tiny.write_rows(tmp_path / "samples.jsonl", [row])
+    _, (reject,) = rows.read(str(file), "samples")
+    assert reject.reason.startswith(words) and reject.where == f"{file}:1"
+
+
 def test_a_process_pair_is_scored_from_the_end_of_what_both_share():
     process, outcome = items("pairs")[2], items("pairs")[0]
     tokenizer = chat.load_tokenizer(tiny.folder() / "model")

@@ -27,7 +27,7 @@ def show(item: Item, tokenizer: Any, console: Console, limit: int | None = None)
     """
     console.rule()
     console.print(Text(f"{item.id}  {item.where}  {item.kind}  weight {item.weight:g}"))
-    names = ("",) if len(item.branches) == 1 else ("chosen", "rejected")
+    names = item_names(len(item.branches))
     if len(item.branches) > 1:
         console.print(Text(f"prefix: {len(item.prefix)} tokens"))
         console.print(_text(tokenizer, item.prefix, "prefix", console, limit))
@@ -35,6 +35,15 @@ def show(item: Item, tokenizer: Any, console: Console, limit: int | None = None)
         scored = int(branch.scored.sum())
         console.print(Text(f"{name or 'conversation'}: {len(branch.ids)} tokens, {scored} scored"))
         console.print(_branch_text(tokenizer, branch, console, limit))
+
+
+def item_names(branches: int) -> tuple[str, ...]:
+    """What the branches of an item are called."""
+    if branches == 1:
+        return ("",)
+    return (
+        ("chosen", "rejected") if branches == 2 else tuple(f"sample {k}" for k in range(branches))
+    )
 
 
 def summary(items: Sequence[Item], rejects: Sequence[Reject]) -> str:
@@ -90,7 +99,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--model", required=True, help="model folder, .gguf file, hub id or quickstart"
     )
     parser.add_argument("--n", type=int, default=3, help="examples to show (3)")
-    parser.add_argument("--kind", choices=("auto", "sft", "preference", "unpaired"), default="auto")
+    parser.add_argument(
+        "--kind", choices=("auto", "sft", "preference", "unpaired", "samples"), default="auto"
+    )
     parser.add_argument("--max-length", type=int, default=1024, help="as data.max_length (1024)")
     parser.add_argument("--too-long", choices=("truncate", "reject"), default="truncate")
     parser.add_argument("--split", default="train", help="split of a hub id or folder (train)")

@@ -1,7 +1,7 @@
 """Items -> packed rows of a few fixed shapes.
 
 Legend: B rows, T tokens of a row, S scored positions of a row (S = T, padded), P item slots of a
-row, K branches of an item (1 for a conversation, 2 for a preference pair).
+row, K branches of an item (1 for a conversation, 2 for a preference pair, the most of any item).
 
 Two layouts of an item with several branches:
   shared    prefix, branch 1, branch 2, ...: the prefix once; every branch continues its positions
@@ -240,12 +240,13 @@ def blocks(items: Sequence[Item], rows: Sequence[list[int]], shape: Shape) -> It
     A block's rows have the smallest row length that holds what is in them: each length is a program
     of its own to compile, and less padding to compute. The last block is filled up with empty rows.
     """
+    K = max(len(item.branches) for item in items)
     used = [sum(laid_out_length(items[i], shape.layout) for i in row) for row in rows]
     order = sorted(range(len(rows)), key=lambda r: -used[r])
     for start in range(0, len(rows), shape.rows):
         members = [rows[r] for r in order[start : start + shape.rows]]
         T = shape.bucket(used[order[start]])
-        yield _block(items, members, T, shape.rows, slots(shape.row_length), shape.layout)
+        yield _block(items, members, T, K, shape)
 
 
 def pack(
@@ -262,8 +263,8 @@ def pack(
     yield from blocks(items, arrange(items, list(indices), shape), shape)
 
 
-def _block(items, members: list[list[int]], T: int, B: int, P: int, layout: str) -> Rows:
-    K = len(items[members[0][0]].branches)
+def _block(items, members: list[list[int]], T: int, K: int, shape: Shape) -> Rows:
+    B, P = shape.rows, slots(shape.row_length)
     out = Rows(
         tokens=np.zeros((B, T), np.int32),
         segment=np.zeros((B, T), np.int32),
@@ -282,7 +283,7 @@ def _block(items, members: list[list[int]], T: int, B: int, P: int, layout: str)
     for b, row in enumerate(members):
         at, scored, segments = 0, 0, 0
         for slot, index in enumerate(row):
-            piece = lay_out(items[index], index, layout)
+            piece = lay_out(items[index], index, shape.layout)
             n, s = len(piece.tokens), len(piece.target)
             out.tokens[b, at : at + n] = piece.tokens
             out.branch[b, at : at + n] = piece.branch

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from saro_jax.text.chat import ROLES, Message
 
-StageKind = Literal["sft", "preference", "unpaired"]
+StageKind = Literal["sft", "preference", "unpaired", "samples"]
 Turns = tuple[Message, ...]
 
 EXTENSIONS = (".jsonl", ".json", ".parquet", ".csv")
@@ -93,7 +93,23 @@ class UnpairedRow:
     noise: float | None = None
 
 
-Row = SFTRow | PreferenceRow | UnpairedRow
+@dataclass(frozen=True)
+class SamplesRow:
+    """Several responses to one prompt, such as n samples of it; only for scoring.
+
+    `prefix` is the unfinished assistant turn that all of them continue, empty for whole ones.
+    """
+
+    id: str
+    where: str
+    kind: str
+    weight: float
+    prompt: Turns
+    prefix: str
+    completions: tuple[Turns, ...]
+
+
+Row = SFTRow | PreferenceRow | UnpairedRow | SamplesRow
 # Reasons of rejects, up to the colon, that mean: rows for another loss.
 PAIRED, UNPAIRED = "paired row", "unpaired row"
 
@@ -125,7 +141,7 @@ def read(
 
     Raises ValueError, in one line, for a source that cannot be read or has no rows.
     """
-    parse = {"sft": _sft_row, "preference": _preference_row, "unpaired": _unpaired_row}[stage_kind]
+    parse = PARSERS[stage_kind]
     rows: list[Any] = []
     rejects: list[Reject] = []
     seen: dict[str, str] = {}
@@ -154,11 +170,16 @@ def read(
 
 
 def detect_kind(sources: str | Sequence[str], split: str = "train") -> StageKind:
-    """What the first readable row is for: "preference" if it has `chosen` and `rejected`."""
+    """What the first readable row is for: "preference" if it has `chosen` and `rejected`.
+
+    "samples" if it has `completions`, else "sft".
+    """
     for source in [sources] if isinstance(sources, str) else sources:
         for _, record in _records(source, split):
             if not isinstance(record, str):
-                return "preference" if {"chosen", "rejected"} <= set(record) else "sft"
+                if {"chosen", "rejected"} <= set(record):
+                    return "preference"
+                return "samples" if "completions" in record else "sft"
     return "sft"
 
 
@@ -408,6 +429,34 @@ def _unpaired_row(record: dict[str, Any], where: str, row_id: str) -> UnpairedRo
     kind = _kind(record, "process" if prefix else "outcome")
     weight, noise = _weight(record), _noise(record)
     return UnpairedRow(row_id, where, kind, weight, prompt, prefix, completion, label, noise)
+
+
+def _samples_row(record: dict[str, Any], where: str, row_id: str) -> SamplesRow:
+    for column in ("prompt", "completions"):
+        if column not in record:
+            raise ValueError(f"missing column: {column!r}, found {_names(record)}")
+    prompt = _turns(record["prompt"], "prompt", "user")
+    _check_prompt(prompt)
+    given = record["completions"]
+    if not isinstance(given, list) or not given:
+        raise ValueError("wrong type: completions must be a list of one response or more")
+    completions = tuple(_turns(one, "completions", "assistant") for one in given)
+    for turns in completions:
+        if turns[0].role != "assistant" or turns[-1].role != "assistant":
+            outer = f"{turns[0].role} ... {turns[-1].role}"
+            raise ValueError(
+                f"wrong turns: a completion is {outer}, must begin and end with assistant"
+            )
+    kind, prefix = _kind(record, "samples"), _prefix(record)
+    return SamplesRow(row_id, where, kind, _weight(record), prompt, prefix, completions)
+
+
+PARSERS = {
+    "sft": _sft_row,
+    "preference": _preference_row,
+    "unpaired": _unpaired_row,
+    "samples": _samples_row,
+}
 
 
 def _prefix(record: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from saro_jax.data.rows import PreferenceRow, Reject, Row, SFTRow, Turns, UnpairedRow
+from saro_jax.data.rows import PreferenceRow, Reject, Row, SamplesRow, SFTRow, Turns, UnpairedRow
 from saro_jax.text import chat, reasoning
 
 TooLong = Literal["truncate", "reject"]
@@ -104,7 +104,7 @@ def tokenise_row(
     texts part before it because a token crosses the cut. What both answers begin with stays in the
     branches, scored; with scope "step" only the first step of the continuation in which the two
     answers differ is scored (a token belongs to the step in which it begins, the end of turn to the
-    last). An unpaired row is scored like one branch of a pair.
+    last). An unpaired row is scored like one branch of a pair, several samples like more than two.
 
     A sequence that is too long loses its end, never its prompt or prefix; a row without a scored
     token left raises RowError, and so does one that is too long where too_long is "reject".
@@ -113,16 +113,18 @@ def tokenise_row(
         if isinstance(row, SFTRow):
             prefix, branches = np.zeros(0, np.int32), (_sft(row, tokenizer),)
         elif isinstance(row, UnpairedRow):
-            prefix, branches = _unpaired(row, tokenizer)
+            prefix, branches = _continuations(row, (row.completion,), tokenizer)
+        elif isinstance(row, SamplesRow):
+            prefix, branches = _continuations(row, row.completions, tokenizer)
         else:
             prefix, branches = _preference(row, tokenizer, scope)
     except ValueError as error:
         raise RowError(str(error)) from error
     branches = tuple(_fit(branch, len(prefix), max_length, too_long) for branch in branches)
-    if len(branches) == 2 and np.array_equal(branches[0].ids, branches[1].ids):
+    if isinstance(row, PreferenceRow) and np.array_equal(branches[0].ids, branches[1].ids):
         cut = " after truncation" if branches[0].truncated else ""
         raise RowError(f"chosen equals rejected: the same {len(branches[0].ids)} tokens{cut}")
-    noise = None if isinstance(row, SFTRow) else row.noise
+    noise = row.noise if isinstance(row, PreferenceRow | UnpairedRow) else None
     label = row.label if isinstance(row, UnpairedRow) else True
     return Item(row.id, row.where, row.kind, row.weight, prefix, branches, noise, label)
 
@@ -160,11 +162,28 @@ def _sft(row: SFTRow, tokenizer: Any) -> Branch:
     return Branch(rendered.ids, rendered.scored, False)
 
 
-def _unpaired(row: UnpairedRow, tokenizer: Any) -> tuple[np.ndarray, tuple[Branch]]:
-    rendered = _render(tokenizer, row.prompt, _continued(row.prefix, row.completion))
-    cut = rendered.start + len(row.prefix)
-    start = int(np.searchsorted(rendered.ends, cut, side="right"))
-    return rendered.ids[:start], (_branch(rendered, start, cut),)
+def _continuations(
+    row: UnpairedRow | SamplesRow, completions: Sequence[Turns], tokenizer: Any
+) -> tuple[np.ndarray, tuple[Branch, ...]]:
+    rendered = [
+        _render(tokenizer, row.prompt, _continued(row.prefix, answer)) for answer in completions
+    ]
+    start, cut = _shared(rendered, row.prefix)
+    return rendered[0].ids[:start], tuple(_branch(one, start, cut) for one in rendered)
+
+
+def _shared(rendered: Sequence[chat.Rendered], prefix: str) -> tuple[int, int]:
+    """Number of tokens that the renderings of several answers share, and the cut in their text."""
+    first = rendered[0]
+    cut = first.start + len(prefix)
+    if any(one.text[:cut] != first.text[:cut] for one in rendered):
+        raise ValueError("chat template: the answers change the text before them")
+    # Ends never fall: the first token with text past the cut is the first that ends past it.
+    start = min(int(np.searchsorted(one.ends, cut, side="right")) for one in rendered)
+    for one in rendered:
+        parted = np.flatnonzero(one.ids[:start] != first.ids[:start])
+        start = int(parted[0]) if len(parted) else start
+    return start, cut
 
 
 def _preference(
@@ -174,13 +193,7 @@ def _preference(
         _render(tokenizer, row.prompt, _continued(row.prefix, answer))
         for answer in (row.chosen, row.rejected)
     )
-    cut = chosen.start + len(row.prefix)
-    if chosen.text[:cut] != rejected.text[:cut]:
-        raise ValueError("chat template: the two answers change the text before them")
-    # Ends never fall: the first token with text past the cut is the first that ends past it.
-    start = min(int(np.searchsorted(r.ends, cut, side="right")) for r in (chosen, rejected))
-    parted = np.flatnonzero(chosen.ids[:start] != rejected.ids[:start])
-    start = int(parted[0]) if len(parted) else start
+    start, cut = _shared((chosen, rejected), row.prefix)
     a, b = _branch(chosen, start, cut), _branch(rejected, start, cut)
     if scope == "step":
         first, *ends = _diverging_step(_first_turn(row.chosen), _first_turn(row.rejected))
