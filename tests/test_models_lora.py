@@ -70,6 +70,12 @@ def merged(params, adapters, scale):
     return out
 
 
+def bound(config, leaves, key=None) -> lora.Adapters:
+    found = lora.bind(config, leaves, key)
+    assert found is not None
+    return found
+
+
 def test_a_new_adapter_has_pefts_start():
     found = dict(lora.matrices(tree(filled=False)))
     assert len(found) == 8
@@ -94,7 +100,7 @@ def test_a_new_adapter_has_pefts_start():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_adapters_of_zero_are_the_base_bit_by_bit(dtype):
-    zero = lora.bind(ALL, tree(filled=False))
+    zero = bound(ALL, tree(filled=False))
     plain, adapted = logits(UNTIED, base(), dtype=dtype), logits(UNTIED, base(), zero, dtype)
     np.testing.assert_array_equal(plain, adapted)
 
@@ -105,7 +111,7 @@ def test_adapters_equal_the_merged_weights(family):
     if family == "gemma2":
         extra |= {"hidden_act": "gelu_pytorch_tanh"}
     arch = from_hf(tiny.CONFIG | {"tie_word_embeddings": False} | extra)
-    adapted = logits(arch, base(arch), lora.bind(ALL, tree(arch)))
+    adapted = logits(arch, base(arch), bound(ALL, tree(arch)))
     whole = logits(arch, merged(base(arch), tree(arch), 1.5))
     assert np.abs(logits(arch, base(arch)) - whole).max() > 0.1
     np.testing.assert_allclose(adapted, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
@@ -123,7 +129,7 @@ def test_gradients_are_those_of_the_merged_weights(remat):
         return jnp.sum(jnp.where(block.valid, scores.logp * factors, 0.0))
 
     def beside(low):
-        adapters = lora.bind(ALL, low)
+        adapters = bound(ALL, low)
         return value(base(), adapters, remat=remat, train_head=False)
 
     def inside(low):
@@ -175,7 +181,7 @@ def flops(low, **options):
     (block,) = pack(tiny.items("sft"), range(8), row_length=300, rows=4, layout="shared")
 
     def value(low):
-        trained, adapters = low.get("base", base()), lora.bind(ALL, low.get("lora"))
+        trained, adapters = low.get("base", base()), bound(ALL, low["lora"])
         return score_tokens(
             UNTIED, trained, block, dtype=jnp.float32, remat="none", adapters=adapters, **options
         ).logp.sum()
@@ -219,20 +225,24 @@ def test_dropout_hides_a_share_of_the_input_and_keeps_the_mean():
 
 def test_dropout_differs_between_layers_matrices_and_keys_and_is_off_without_one():
     config = ALL.model_copy(update={"dropout": 0.5})
-    adapters = lora.bind(config, tree(), jax.random.key(1))
+    adapters = bound(config, tree(), jax.random.key(1))
     layers = [jax.tree.map(lambda x, i=i: x[i], adapters.layers()) for i in (0, 1)]
-    bound = [adapters.of_layer(layer, jnp.asarray(i)) for i, layer in enumerate(layers)]
-    keys = [low.key for layer in bound for block in layer.values() for low in block.values()]
-    keys.append(adapters.of_head().key)
-    assert len({tuple(np.asarray(jax.random.key_data(key))) for key in keys}) == 15
+    low = [adapters.of_layer(layer, jnp.asarray(i)) for i, layer in enumerate(layers)]
+    keys = [one.key for layer in low for block in layer.values() for one in block.values()]
+    head = adapters.of_head()
+    assert head is not None
+    keys.append(head.key)
+    assert (
+        len({tuple(np.asarray(jax.random.key_data(key))) for key in keys if key is not None}) == 15
+    )
     first, again = logits(UNTIED, base(), adapters), logits(UNTIED, base(), adapters)
     np.testing.assert_array_equal(first, again)
-    other = logits(UNTIED, base(), lora.bind(config, tree(), jax.random.key(2)))
+    other = logits(UNTIED, base(), bound(config, tree(), jax.random.key(2)))
     assert (np.abs(first - other) > 0).mean() > 0.9
-    off = logits(UNTIED, base(), lora.bind(config, tree()))
-    np.testing.assert_array_equal(off, logits(UNTIED, base(), lora.bind(ALL, tree())))
+    off = logits(UNTIED, base(), bound(config, tree()))
+    np.testing.assert_array_equal(off, logits(UNTIED, base(), bound(ALL, tree())))
     # A key without dropout is never read.
-    assert lora.bind(ALL, tree(), jax.random.key(1)).key is None
+    assert bound(ALL, tree(), jax.random.key(1)).key is None
 
 
 # ---- exports -------------------------------------------------------------------------------------
@@ -247,7 +257,7 @@ def source(tied):
 def test_the_merged_folder_has_the_logits_of_the_adapters(tied, tmp_path):
     arch = huggingface.load_architecture(source(tied))
     params = huggingface.load_params(source(tied), arch, jnp.float32)
-    adapters = lora.bind(ALL, tree(arch))
+    adapters = bound(ALL, tree(arch))
     huggingface.save(params, arch, source(tied), tmp_path / "out", adapters=adapters)
     again = huggingface.load_architecture(tmp_path / "out")
     assert not again.tie_word_embeddings, "an adapter of the output unties it"
@@ -265,6 +275,9 @@ def test_the_merged_folder_has_the_logits_of_the_adapters(tied, tmp_path):
             np.testing.assert_array_equal(files[name], value)
 
 
+# What peft calls in transformers, on the way to the logits compared here.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize(
     ("tied", "options"),
     [
@@ -278,7 +291,7 @@ def test_peft_loads_the_adapters_with_equal_logits(tied, options, tmp_path):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: nothing reads the PEFT folder")
     import torch
-    from peft import PeftModel
+    from peft import PeftModel  # pyright: ignore[reportMissingImports]  (may be missing)
     from transformers import AutoModelForCausalLM
 
     parts = {"rank": 4} | options
@@ -292,7 +305,7 @@ def test_peft_loads_the_adapters_with_equal_logits(tied, options, tmp_path):
     low = jax.tree_util.tree_map_with_path(
         lambda path, _: dict(jax.tree_util.tree_flatten_with_path(low)[0])[path], wanted
     )
-    adapters = lora.bind(config.lora, low)
+    adapters = bound(config.lora, low)
     settings = trainable.peft_settings(config, source(tied))
     huggingface.save_peft(adapters, settings, tmp_path / "adapter")
     named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
