@@ -55,7 +55,7 @@ def compiled(mesh, function, *arguments):
     return program, time.perf_counter() - start
 
 
-def attention_line(chip: str, name: str, length: int, rows: int, dtype: str, kernel: str) -> str:
+def attention_line(chip: str, name: str, length: int, rows: int, dtype: str, kernel: Any) -> str:
     mesh = mesh_of(chip)
     N, K, H = HEADS[name]
     place = NamedSharding(mesh, P(("data", "fsdp")))
@@ -65,11 +65,12 @@ def attention_line(chip: str, name: str, length: int, rows: int, dtype: str, ker
         return jax.ShapeDtypeStruct(shape, kind, sharding=place)
 
     arrays = [struct((total, length, n, H), jnp.dtype(dtype)) for n in (N, K, K)]
-    ids = Tokens(*[struct((total, length), jnp.int32)] * 3)
+    ids: Any = Tokens(*[struct((total, length), jnp.int32)] * 3)
 
     def loss(q, k, v, tokens):
         return attend(q, k, v, tokens, FAR, H**-0.5, kernel=kernel).astype(jnp.float32).sum()
 
+    program: Any
     program, seconds = compiled(mesh, jax.value_and_grad(loss, (0, 1, 2)), *arrays, ids)
     shape = f"| {chip} | {name} | {rows} x {length} | {dtype} | {kernel} "
     if isinstance(program, str):
@@ -87,6 +88,7 @@ def step_line(chip: str, remat: str, kernel: str, tensor: int = 1) -> str:
     from saro_jax.config import Config
     from saro_jax.data.packing import Rows
     from saro_jax.models import decoder
+    from saro_jax.objectives.preference import SEGMENTS
     from saro_jax.parallel import sharding
     from saro_jax.training import step
 
@@ -105,13 +107,16 @@ def step_line(chip: str, remat: str, kernel: str, tensor: int = 1) -> str:
     )
     B, T, S, slots = 4 // tensor, 4096, 2048, 4
     place = NamedSharding(mesh, P(("data", "fsdp")))
-    sizes = {"tokens": T, "segment": T, "branch": T, "position": T, "item": slots, "weight": slots}
-    kinds = {"weight": jnp.float32, "valid": jnp.bool_}
+
+    def struct(shape, dtype, sharding):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    sizes = {"tokens": T, "segment": T, "branch": T, "position": T}
+    sizes |= dict.fromkeys(("item", "weight", "noise", "label"), slots)
+    kinds = dict.fromkeys(("weight", "noise", "label"), jnp.float32) | {"valid": jnp.bool_}
     rows = Rows(
         **{
-            name: jax.ShapeDtypeStruct(
-                (B, sizes.get(name, S)), kinds.get(name, jnp.int32), sharding=place
-            )
+            name: struct((B, sizes.get(name, S)), kinds.get(name, jnp.int32), place)
             for name in Rows._fields
         }
     )
@@ -127,9 +132,14 @@ def step_line(chip: str, remat: str, kernel: str, tensor: int = 1) -> str:
         params,
         params,
         rows,
-        jax.ShapeDtypeStruct((B, slots, 2), jnp.float32, sharding=place),
-        jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
+        step.Given(
+            struct((B, slots, 2, SEGMENTS), jnp.float32, place),
+            struct((B, slots), jnp.int32, place),
+            struct((), jnp.float32, whole),
+        ),
+        struct((), jnp.float32, whole),
     )
+    program: Any
     program, seconds = compiled(mesh, programs.accumulate, *arguments)
     shape = f"| {chip} | {remat} | {kernel} | {tensor} "
     if isinstance(program, str):

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+# pyright: reportMissingImports=false
 import numpy as np
 import torch
 import trl

@@ -6,6 +6,7 @@ What is allowed is written down here once more, apart from `Config`, so that nei
 from dataclasses import replace
 from functools import cache, partial
 from itertools import product
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,7 +43,7 @@ def allowed(loss: str, length: str, parts, scope: str, layout: str, reference: s
     return not (reference == "resident" and loss in ("simpo", "orpo"))
 
 
-def settings(loss, length, parts, scope, layout, reference):
+def settings(loss, length, parts, scope, layout, reference) -> dict[str, Any]:
     found = {"loss": loss, "length": length, "scope": scope, "layout": layout}
     found |= {"reference": reference, "reasoning_weight": parts[0], "answer_weight": parts[1]}
     return found | ({"label_smoothing": 0.1} if loss == "robust" else {})

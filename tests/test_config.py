@@ -255,7 +255,7 @@ def test_typed_overrides():
         ),
         (
             "model:\n  remat: some\n",
-            "configs/x.yaml:2: model.remat: expected none or dots or full, got 'some'",
+            "configs/x.yaml:2: model.remat: expected none or dots or attention or full, got 'some'",
         ),
         (
             "optimizer: adamw\n",
@@ -333,7 +333,10 @@ def test_a_recursive_alias_is_refused():
         ("--stages.rw.sead=1", "--stages.rw.sead: unknown option; did you mean --seed?"),
         ("--data.train=a,,b", "--data.train=a,,b: expected text, got ''"),
         ("--data.train=", "--data.train=: expected text, got ''"),
-        ("--model.remat=all", "--model.remat=all: expected none or dots or full, got 'all'"),
+        (
+            "--model.remat=all",
+            "--model.remat=all: expected none or dots or attention or full, got 'all'",
+        ),
         ("--srpo.label_smoothing=0.5", "--srpo.label_smoothing=0.5: expected a number >= 0 and "
          "< 0.5, got '0.5'"),
     ],

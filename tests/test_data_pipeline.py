@@ -1,5 +1,7 @@
 """The input pipeline: step k is a function of (seed, k), whatever is read ahead or restarted."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import tiny
@@ -11,7 +13,7 @@ SHAPE = pipeline.Shape(96, 2, "shared", 2)
 
 
 def plan(items=ITEMS, batch_rows=3, window=1, shape=SHAPE, **options):
-    options = {"seed": 0} | options
+    options: Any = {"seed": 0} | options
     return pipeline.plan(items, batch_rows=batch_rows, shape=shape, window=window, **options)
 
 

@@ -338,7 +338,8 @@ def continued(prefix, chosen, rejected, scope):
     ],
 )  # fmt: skip
 def test_a_step_is_the_first_that_differs(prefix, chosen, rejected, expected):
-    item, found = continued(prefix, chosen, rejected, "step")
+    item, texts = continued(prefix, chosen, rejected, "step")
+    found: Any = texts
     whole, _ = continued(prefix, chosen, rejected, "suffix")
     # A token belongs to the step in which it begins: one may reach into the next.
     for text, step in zip(found, expected, strict=True):
@@ -352,7 +353,8 @@ def test_a_step_is_the_first_that_differs(prefix, chosen, rejected, expected):
 
 def test_a_step_that_is_cut_away_is_rejected():
     # The one ends where the other goes on: its step is the end of the turn.
-    item, found = continued("", "Same.\n\n", "Same.\n\nmore", "step")
+    item, texts = continued("", "Same.\n\n", "Same.\n\nmore", "step")
+    found: Any = texts
     assert found[0].endswith("<|im_end|>") and found[1] == "more<|im_end|>"
     room = len(item.prefix) + int(np.flatnonzero(item.branches[1].scored)[0])
     a, b = ((Message("assistant", text),) for text in ("Same.\n\nless", "Same.\n\nmore"))

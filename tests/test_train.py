@@ -22,7 +22,7 @@ from saro_jax.config import Config
 from saro_jax.training import loop, metrics
 
 SFT_METRICS = {"loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate", "epoch"}
-SFT_METRICS |= {"num_tokens", "step"}
+SFT_METRICS |= {"num_tokens", "packing_efficiency", "step"}
 PAIR_METRICS = SFT_METRICS - {"entropy"} | {
     f"{name}/{what}" for name in ("rewards", "logps") for what in ("chosen", "rejected")
 }
@@ -258,10 +258,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 def test_a_signal_during_an_evaluation_saves_too(tmp_path, monkeypatch):
     evaluate = loop.evaluate
 
-    def signalled(*arguments):
+    def signalled(*arguments, **options):
         monkeypatch.setattr(loop, "evaluate", evaluate)
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*arguments)
+        return evaluate(*arguments, **options)
 
     monkeypatch.setattr(loop, "evaluate", signalled)
     options = (f"--data.eval={tiny.folder()}/sft.jsonl", "--train.eval_every=1", "--train.steps=3")

@@ -90,7 +90,7 @@ def plan(
     each, so that an item may move to another step of its window. Without shuffle every item stays
     in the step that its place gives it.
     """
-    indices = order(len(items), batch_rows, seed=seed, shuffle=shuffle)
+    indices: Any = order(len(items), batch_rows, seed=seed, shuffle=shuffle)
     window = window if shuffle else 1
 
     @lru_cache(maxsize=4)

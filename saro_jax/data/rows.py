@@ -630,6 +630,8 @@ def _content_hash(row: Row) -> str:
         parts = ["sft", row.prompt, row.completion]
     elif isinstance(row, UnpairedRow):
         parts = ["unpaired", row.prompt, row.prefix, row.completion, str(row.label)]
+    elif isinstance(row, SamplesRow):
+        parts = ["samples", row.prompt, row.prefix, *row.completions]
     else:
         parts = ["preference", row.prompt, row.prefix, row.chosen, row.rejected]
     plain = [

@@ -3,7 +3,8 @@
 Legend: M rows (any leading axes), I input features, O output features.
 
 XLA's CPU backend runs bfloat16 products at full speed only when the result is asked for in float32
-and both operands are row-major; left to itself it contracts the first axis of the left operand for
+and both operands are matrices in row-major order: [B, T, I] @ [I, O] runs at half the speed of
+[B * T, I] @ [I, O], and left to itself it contracts the first axis of the left operand for
 the weight gradient and runs at 40 % of that speed (`benchmarks/dot_cpu.py` has the table). On other
 backends the same formulas are the ordinary mixed-precision rule: bf16 in, float32 accumulation.
 """

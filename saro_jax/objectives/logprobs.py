@@ -75,7 +75,9 @@ def _chunks(valid_BS: jax.Array, size: int) -> jax.Array:
 
 
 def _logits(hidden_BCD, head_VD, low_rank, softcap):
-    x = jnp.einsum("BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=F32)
+    B, C, D = hidden_BCD.shape  # two axes a product: see models/dot.py
+    x_MV = jnp.einsum("MD,VD->MV", hidden_BCD.reshape(-1, D), head_VD, preferred_element_type=F32)
+    x = x_MV.reshape(B, C, -1)
     if low_rank is not None:
         x = x + jnp.einsum("BCr,rV->BCV", *low_rank, preferred_element_type=F32)
     return x if softcap is None else softcap * jnp.tanh(x / softcap)
@@ -146,16 +148,18 @@ def _scores_bwd(softcap, size, entropy, train_head, residuals, dscores):
         if softcap is not None:
             dx = dx * (1.0 - jnp.square(x / softcap))
         dx = dx.astype(hidden.dtype)
-        dhidden = jnp.einsum("BCV,VD->BCD", dx, head_VD, preferred_element_type=F32)
         V, D = head_VD.shape
+        dx_MV = dx.reshape(-1, V)
+        dhidden = jnp.einsum("MV,VD->MD", dx_MV, head_VD, preferred_element_type=F32)
+        dhidden = dhidden.reshape(hidden.shape)
         if train_head:
-            dx_VM, hidden_MD = row_major(dx.reshape(-1, V).T), hidden.reshape(-1, D)
+            dx_VM, hidden_MD = row_major(dx_MV.T), hidden.reshape(-1, D)
             dhead = jnp.einsum("VM,MD->VD", dx_VM, hidden_MD, preferred_element_type=F32)
             dhead_VD = dhead_VD + dhead
         if low is not None:
             u, b_rV = low
             du = jnp.einsum("BCV,rV->BCr", dx, b_rV, preferred_element_type=F32)
-            u_rM, dx_MV = row_major(u.reshape(-1, u.shape[-1]).T), dx.reshape(-1, V)
+            u_rM = row_major(u.reshape(-1, u.shape[-1]).T)
             db = jnp.einsum("rM,MV->rV", u_rM, dx_MV, preferred_element_type=F32)
             dlow = _paste(dlow[0], du.astype(u.dtype), i, size), dlow[1] + db
         return _paste(dhidden_BSD, dhidden.astype(hidden.dtype), i, size), dhead_VD, dlow

@@ -19,7 +19,7 @@ from saro_jax.data.rows import Reject
 from saro_jax.data.tokenise import Branch, Item
 from saro_jax.models.architecture import Architecture
 from saro_jax.text import chat
-from saro_jax.training.finding import LEVELS, Finding, has, percent
+from saro_jax.training.finding import LEVELS, Finding, percent
 from saro_jax.training.memory import device_memory, memory, parameters
 
 LOOKED_AT = 32  # steps that are packed to see how full rows are
@@ -395,8 +395,10 @@ def length_bias(items: Sequence[Item]) -> list[Finding]:
             f"pairs (95 % interval {percent(low)} to {percent(high)})"
         )
     if unequal and low > 0.6:
-        desensitised = " or set srpo.length=mean or desensitised" if has("length") else ""
-        remedy = f"balance lengths between chosen and rejected{desensitised}; else length is learnt"
+        remedy = (
+            "balance lengths between chosen and rejected or set srpo.length=mean or desensitised; "
+            "else length is learnt"
+        )
         return [Finding("warning", "length_bias", found, remedy)]
     return [Finding("note" if unequal and low > 0.5 else "ok", "length_bias", found)]
 
@@ -412,9 +414,7 @@ def labels(items: Sequence[Item]) -> list[Finding]:
     both = {chosen for chosen, _ in first} & {rejected for _, rejected in first}
     both -= {text for pair, _ in swapped for text in pair}
     number = sum(1 for _ in _pairs(items))
-    robust = "srpo.loss=robust with srpo.label_smoothing=that share, or a row's noise" if has(
-        "nll_weight"
-    ) else "srpo.loss=robust with srpo.label_smoothing=that share"  # fmt: skip
+    robust = "srpo.loss=robust with srpo.label_smoothing=that share, or a row's noise"
     if swapped:
         findings.append(
             Finding(

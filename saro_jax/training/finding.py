@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
-from saro_jax.config import SRPOConfig
-
 Level = Literal["ok", "note", "warning", "error"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 
@@ -43,7 +41,3 @@ def refuse(findings: Sequence[Finding]) -> None:
 def percent(share: float) -> str:
     text = f"{100 * share:.0f}" if share == 0 or share >= 0.1 else f"{100 * share:.1f}"
     return f"{text} %"
-
-
-def has(key: str) -> bool:
-    return key in SRPOConfig.model_fields

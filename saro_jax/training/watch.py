@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from saro_jax.config import Config
-from saro_jax.training.finding import Finding, Level, has, percent
+from saro_jax.training.finding import Finding, Level, percent
 from saro_jax.training.memory import GIB, peak_memory
 
 WINDOW = 5  # steps that a finding averages over
@@ -143,7 +143,8 @@ def _preference_course(recent: Sequence[Record], config: Config) -> list[Finding
         return float(np.mean([record.values[name] for record in recent]))
 
     at = f"steps {recent[0].step} to {recent[-1].step}"
-    if recent[0].step > 1 and mean("rewards/accuracies") < 0.4:
+    paired = "rewards/accuracies" in recent[0].values  # kto has none
+    if paired and recent[0].step > 1 and mean("rewards/accuracies") < 0.4:
         findings.append(
             Finding(
                 "warning",
@@ -156,8 +157,9 @@ def _preference_course(recent: Sequence[Record], config: Config) -> list[Finding
     if srpo.loss in REFERENCE_FREE:
         return findings
     chosen, rejected = (mean(f"rewards/{name}") / srpo.beta for name in ("chosen", "rejected"))
-    anchor = "add srpo.nll_weight, " if has("nll_weight") else ""
-    remedy = f"{anchor}a higher srpo.beta, a lower optimizer.learning_rate or fewer steps"
+    remedy = (
+        "add srpo.nll_weight, a higher srpo.beta, a lower optimizer.learning_rate or fewer steps"
+    )
     if chosen < -1 and rejected < -1:
         findings.append(
             Finding(
