@@ -61,7 +61,7 @@ def attention_line(chip: str, name: str, length: int, rows: int, dtype: str, ker
     place = NamedSharding(mesh, P(("data", "fsdp")))
     total = rows * 4
 
-    def struct(shape, kind):
+    def struct(shape, kind) -> Any:
         return jax.ShapeDtypeStruct(shape, kind, sharding=place)
 
     arrays = [struct((total, length, n, H), jnp.dtype(dtype)) for n in (N, K, K)]
@@ -108,7 +108,7 @@ def step_line(chip: str, remat: str, kernel: str, tensor: int = 1) -> str:
     B, T, S, slots = 4 // tensor, 4096, 2048, 4
     place = NamedSharding(mesh, P(("data", "fsdp")))
 
-    def struct(shape, dtype, sharding):
+    def struct(shape, dtype, sharding) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     sizes = {"tokens": T, "segment": T, "branch": T, "position": T}

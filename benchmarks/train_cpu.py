@@ -143,7 +143,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--batch", type=int, default=4, help="examples or pairs of a step")
     add("--max-length", type=int, default=512, help="tokens of one sequence")
-    add("--out", type=Path, default=ROOT / "runs" / "benchmarks" / "train_cpu")
+    default = ROOT / "runs" / "benchmarks" / "train_cpu"
+    add("--out", type=lambda text: Path(text).absolute(), default=default)
     add("--tune", action="store_true", help="find the best settings of each; then stop")
     add("--allocator", choices=ALLOCATORS, help="this one for all, whatever tuned.json has")
     add("--default-malloc", action="store_true", help="each also with the default allocator")

@@ -13,8 +13,8 @@ SHAPE = pipeline.Shape(96, 2, "shared", 2)
 
 
 def plan(items=ITEMS, batch_rows=3, window=1, shape=SHAPE, **options):
-    options: Any = {"seed": 0} | options
-    return pipeline.plan(items, batch_rows=batch_rows, shape=shape, window=window, **options)
+    given: Any = {"seed": 0} | options
+    return pipeline.plan(items, batch_rows=batch_rows, shape=shape, window=window, **given)
 
 
 def steps(prefetch=2, window=1):
