@@ -219,9 +219,21 @@ def programs(
 
     def accumulate(params, gradients, rows, given, total, frozen=None, draw=None):
         key = None if draw is None else _dropout_key(config, draw)
-        gradient = jax.value_and_grad(loss, has_aux=True)
-        (_, sums), new = gradient(params, frozen or {}, rows, given, total, key)
-        summed = jax.tree.map(lambda a, b: a + b.astype(a.dtype), gradients, new)
+
+        def of(params):
+            return loss(params, frozen or {}, rows, given, total, key)
+
+        value, pullback, sums = jax.vjp(of, params, has_aux=True)
+        # The backward pass adds to the sums where they lie: no second tree of gradients. It needs
+        # sums of the parameters' dtype.
+        same = jax.tree.map(lambda x, g: x.dtype == g.dtype, params, gradients)
+        if all(jax.tree.leaves(same)):
+            refs = jax.tree.map(jax.new_ref, gradients)
+            pullback.with_refs(refs)(jnp.ones_like(value))
+            summed = jax.tree.map(jax.freeze, refs)
+        else:
+            (new,) = pullback(jnp.ones_like(value))
+            summed = jax.tree.map(lambda a, b: a + b.astype(a.dtype), gradients, new)
         return sharding.constrain_params(summed), sums
 
     def evaluate(params, rows, given, total, frozen=None):
