@@ -18,6 +18,7 @@ from saro_jax.config import Config
 from saro_jax.data import pipeline
 from saro_jax.data.packing import Shape, pack
 from saro_jax.data.tokenise import Branch, Item
+from saro_jax.objectives.preference import SEGMENTS
 from saro_jax.parallel import mesh as meshes
 from saro_jax.training import doctor, memory, optimizer, step, watch
 from saro_jax.training.finding import Finding, refuse, report
@@ -376,7 +377,7 @@ def test_what_the_estimate_counts():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["full", "none"])
+@pytest.mark.parametrize("remat", ["full", "attention", "none"])
 def test_the_estimate_is_near_that_of_the_compiler(remat):
     config = config_of("srpo", f"--model.remat={remat}", "--model.dtype=bfloat16")
     shape = Shape(512, 1, "shared")
@@ -384,8 +385,12 @@ def test_the_estimate_is_near_that_of_the_compiler(remat):
     programs = step.programs(tiny.ARCH, config, "srpo", optimizer.make(config.optimizer, 10))
     block = next(iter(pack(tiny.items("preference"), range(8), **shape._asdict())))
     with jax.set_mesh(meshes.make_mesh()):
-        reference = np.zeros((*block.item.shape, 2), np.float32)
-        lowered = programs.accumulate.lower(params, params, block, reference, np.float32(1))
+        given = step.Given(
+            np.zeros((*block.item.shape, 2, SEGMENTS), np.float32),  # pyright: ignore
+            np.zeros(block.item.shape, np.int32),  # pyright: ignore
+            np.float32(0),  # pyright: ignore
+        )
+        lowered = programs.accumulate.lower(params, params, block, given, np.float32(1))
         found = lowered.compile().memory_analysis()
     need = memory.estimate(config, "srpo", tiny.ARCH, shape)
     # The compiler sees no moments: only the update holds them.

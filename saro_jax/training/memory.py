@@ -45,8 +45,8 @@ def estimate(
     weights      of the trained and the frozen leaves in their dtypes; the trained ones twice with
                  a resident reference
     moments      2 n w (AdamW), n = trained parameters, w = bytes of param_dtype
-    gradients    8 n: the float32 sum of the step, and the block's own (or, with bfloat16 weights,
-                 the update's float32 copy)
+    gradients    4 n, the float32 sum of the step, which the backward pass adds to; with bfloat16
+                 weights 8 n: the block's own too, and the update's float32 copy
     activations  t tokens of a block: what the remat policy keeps of each of L layers, and one
                  layer's working set in float32
     head         three float32 chunks of logits, the output matrix in the compute dtype, and its
@@ -78,7 +78,7 @@ def estimate(
     return Memory(
         weights=(copies * trained * width + read_only) / parts,
         moments=(2 if config.optimizer.name == "adamw" else 0) * trained * width / parts,
-        gradients=trained * 8 / parts,
+        gradients=trained * (4 if width == 4 else 8) / parts,
         activations=tokens * (arch.num_layers * kept + working),
         head=3 * chunk * V * 4 + V * D * (compute + 8) / parts,
         process=GIB / 2 if cpu else 0,
