@@ -406,6 +406,7 @@ def fit(
                     baseline=baseline,
                 )
                 state, norm = programs.update(state, gradients.sum)
+                del gradients  # or it would lie beside the next step's, and through saving
                 if mismatches is not None:
                     norm = norm | {"kl": baseline}
                 tokens = sum(

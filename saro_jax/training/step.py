@@ -206,7 +206,7 @@ def programs(
     optimizer: optax.GradientTransformation,
     kinds: int = 0,
 ) -> Programs:
-    """Jit the pieces for one stage; state and gradients are donated: updated in place, used up.
+    """Jit the pieces for one stage; gradients and state are donated, updated in place.
 
     kinds: number of kinds of pairs that have metrics of their own.
     """
@@ -266,7 +266,7 @@ def programs(
 
     return Programs(
         jax.jit(accumulate, donate_argnums=1),
-        jax.jit(update, donate_argnums=(0, 1)),
+        jax.jit(update, donate_argnums=0),
         jax.jit(evaluate),
         jax.jit(zeros),
         jax.jit(score),
