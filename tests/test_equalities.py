@@ -312,7 +312,13 @@ specs.write_text(json.dumps(found))
 
 
 @pytest.mark.parametrize(
-    "more", [(), ("--lora.rank=4", "--lora.targets=all", "--train.freeze=mlp")]
+    "more",
+    [
+        (),
+        pytest.param(
+            ("--lora.rank=4", "--lora.targets=all", "--train.freeze=mlp"), marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_sharded_over_eight_devices_equals_one_device(more, tmp_path, monkeypatch):
     tiny.folder()

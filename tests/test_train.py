@@ -197,6 +197,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(straight, tmp_path, capsys)
     assert weights(out) == weights(straight / "rw")
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_adapters_goes_on_too(tmp_path, capsys):
     out, whole = tmp_path / "killed", tmp_path / "whole"
     options = (*LONG, *LORA, "--lora.dropout=0.3", "--train.freeze=mlp")

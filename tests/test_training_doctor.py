@@ -367,7 +367,7 @@ def test_what_the_estimate_counts():
         return memory.estimate(config_of("rw", *overrides), "rw", tiny.ARCH, shape)
 
     base, size = need(), memory.parameters(tiny.ARCH)
-    assert (base.weights, base.moments, base.gradients) == (4 * size, 8 * size, 8 * size)
+    assert (base.weights, base.moments, base.gradients) == (4 * size, 8 * size, 4 * size)
     assert need("--optimizer.name=sgd").moments == 0
     half = need("--model.param_dtype=bfloat16")
     assert (half.weights, half.moments, half.gradients) == (2 * size, 4 * size, 8 * size)

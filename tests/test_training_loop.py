@@ -145,6 +145,7 @@ def test_a_resident_reference_gives_the_run_of_a_stored_one(tmp_path):
     assert not list(tmp_path.glob("*_cache"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_comparison")
 def test_a_reference_is_mixed_and_goes_on_after_a_stop(tmp_path):
     options = ("--srpo.reference=resident", "--srpo.sync_every=2", "--srpo.sync_mix=0.5")

@@ -131,6 +131,7 @@ def test_frozen_or_not_the_rest_takes_the_same_first_step():
         np.testing.assert_allclose(leaf, wanted[path], rtol=0, atol=1e-6, err_msg=path_name(path))
 
 
+@pytest.mark.slow
 def test_adapters_beside_a_model_that_trains_too():
     tiny.folder()
     params, mine, frozen, _ = steps("mlp", 2, lora={"rank": 2, "dropout": 0.2})
