@@ -497,7 +497,7 @@ def hyperparameters(
         )
     epochs = steps * batch / len(items)
     usual_epochs = 2 if stage == "srpo" else 5
-    if epochs > usual_epochs:
+    if epochs > usual_epochs + batch / len(items):  # the last step may reach into the next pass
         why = (
             "margins then grow by memorising, while log-probs of chosen answers fall"
             if stage == "srpo"

@@ -73,11 +73,13 @@ class Writer:
         clean = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps({"step": step, **clean}) + "\n")
         self._file.flush()
-        for name, value in values.items():
+        # Where a step has no value (a kind of pairs that it does not hold) the curves have a gap.
+        known = {name: value for name, value in clean.items() if value is not None}
+        for name, value in known.items():
             if self._board is not None:
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(values, step=step)
+            self._wandb.log(known, step=step)
 
     def show(self, step: int, values: dict[str, float]) -> None:
         """The watched line: loss, margin where there is one, speed, time left."""
