@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -186,13 +185,6 @@ def settings(**sections: dict[str, Any]) -> Any:
     return Config.model_validate(tree)
 
 
-def has_lora() -> bool:
-    """Whether this saro_jax has adapters."""
-    from saro_jax.config import Config
-
-    return "lora" in Config.model_fields
-
-
 def synthetic_items(
     count: int, prefix: int, *branches: int, vocabulary: int, unscored: int = 0
 ) -> list[Any]:
@@ -233,7 +225,7 @@ def time_steps(
     from saro_jax.models.architecture import from_hf
     from saro_jax.parallel import mesh as meshes
     from saro_jax.parallel import sharding
-    from saro_jax.training import loop, optimizer, step
+    from saro_jax.training import loop, optimizer, step, trainable
 
     arch, mesh = from_hf(hf), meshes.make_mesh()
     blocks = list(pack(items, range(len(items)), **shape._asdict()))
@@ -244,13 +236,8 @@ def time_steps(
 
     layout = sharding.shardings(mesh, step.abstract_params(arch, dtype))
     params = jax.jit(draw, out_shardings=layout)(jax.random.key(0))
-    frozen = []
-    if has_lora():
-        trainable = import_module("saro_jax.training.trainable")
-        params, rest = trainable.start(arch, config, params, mesh)
-        frozen = [rest]
-    lora = [config.lora] if has_lora() else []
-    transform = optimizer.make(config.optimizer, steps + 2, *lora)
+    params, frozen = trainable.start(arch, config, params, mesh)
+    transform = optimizer.make(config.optimizer, steps + 2, config.lora)
     state = step.init_state(transform, params, mesh)
     del params
     programs = step.programs(arch, config, stage, transform)
@@ -258,7 +245,7 @@ def time_steps(
     with jax.set_mesh(mesh):
         for _ in range(steps + 2):
             start = time.perf_counter()
-            gradients = loop.Gradients(programs, state.params, *frozen)
+            gradients = loop.Gradients(programs, state.params, frozen)
             sums = loop.run_blocks(mesh, stage, blocks, None, gradients.add)
             state, norm = programs.update(state, gradients.sum)
             norm["grad_norm"].block_until_ready()

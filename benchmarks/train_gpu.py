@@ -92,9 +92,6 @@ def main(argv: list[str] | None = None) -> int:
     if platform != "gpu" and not args.small:
         print(f"train_gpu: no GPU (JAX found {platform}: {kind}); --small runs a miniature here")
         return 2
-    if "lora" in args.methods and not harness.has_lora():
-        print("lora: this saro_jax has no lora section in its config; left out", flush=True)
-        args.methods = [method for method in args.methods if method != "lora"]
     run_all(args, argv if argv is not None else sys.argv[1:], kind)
     return 0
 
