@@ -1,6 +1,7 @@
 """The device mesh: its axes and their sizes."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -22,11 +23,14 @@ def axis_sizes(requested: dict[str, int], devices: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
-    """Mesh over all devices of all processes; -1 = the rest of the devices."""
-    sizes = axis_sizes({"data": data, "fsdp": fsdp, "tensor": tensor}, jax.device_count())
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Mesh over `devices` (None: all devices of all processes); -1 = the rest of the devices."""
+    count = jax.device_count() if devices is None else len(devices)
+    sizes = axis_sizes({"data": data, "fsdp": fsdp, "tensor": tensor}, count)
     # make_mesh defaults to Explicit axes in recent versions; here the compiler propagates.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def row_shards(mesh: Mesh) -> int:

@@ -1,6 +1,8 @@
 """Where each array lies: one table for parameters and optimizer moments, one rule for rows."""
 
+import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,8 +14,10 @@ from jax.sharding import PartitionSpec as P
 # moments carry the parameter's path as a suffix, so the same rules serve them.
 RULES: tuple[tuple[str, P], ...] = (
     (r"(embed_tokens|lm_head)/weight$", P("tensor", "fsdp")),
-    (r"layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/weight$", P(None, "fsdp", "tensor")),
-    (r"layers/.*(o_proj|down_proj)/weight$", P(None, "tensor", "fsdp")),
+    (r"layers/.*(q_proj|k_proj|v_proj)/weight$", P(None, "fsdp", "tensor")),
+    (r"layers/.*o_proj/weight$", P(None, "tensor", "fsdp")),
+    (r"layers/.*(gate_proj|up_proj)/weight$", P(None, None, ("tensor", "fsdp"))),
+    (r"layers/.*down_proj/weight$", P(None, ("tensor", "fsdp"), None)),
     (r"layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/bias$", P(None, "tensor")),
     (r"layers/.*(o_proj|down_proj)/bias$", P()),
     # Adapters are cut like the matrix they stand beside; their rank never is. A of o_proj and
@@ -52,11 +56,12 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
         name = path_name(path)
         partition = spec(name, leaf.shape)
         for axis, size in zip(partition, leaf.shape, strict=False):
-            if axis is not None and size % mesh.shape[axis]:
-                raise ValueError(
-                    f"{name} of shape {leaf.shape}: {size} does not divide by mesh.{axis}="
-                    f"{mesh.shape[axis]}"
-                )
+            for one in (axis,) if isinstance(axis, str) else axis or ():
+                if size % mesh.shape[one]:
+                    raise ValueError(
+                        f"{name} of shape {leaf.shape}: {size} does not divide by mesh.{one}="
+                        f"{mesh.shape[one]}"
+                    )
         return NamedSharding(mesh, partition)
 
     return jax.tree_util.tree_map_with_path(one, tree)
@@ -85,6 +90,29 @@ def whole_columns(table_VD: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return table_VD
     return lax.with_sharding_constraint(table_VD, P("tensor", None))
+
+
+def row_axes(rows: int) -> tuple[str, ...] | None:
+    """The axes of the mesh that is set which cut `rows` rows; None without one or if uneven."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or rows % math.prod(mesh.shape[axis] for axis in ROWS):
+        return None
+    return ROWS
+
+
+def by_row(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`run` on each device's own rows, where a mesh is set: arrays whose axis 0 is the row.
+
+    What picks by index within a row stays on the device then; the compiler would not know it.
+    """
+
+    def running(*arrays: jax.Array) -> jax.Array:
+        rows = row_axes(arrays[0].shape[0])
+        if rows is None:
+            return run(*arrays)
+        return jax.shard_map(run, in_specs=(P(rows),) * len(arrays), out_specs=P(rows))(*arrays)
+
+    return running
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:

@@ -59,7 +59,7 @@ def score_tokens(
         adapters=adapters,
         attention=attention,
     )
-    hidden_BSD = jnp.take_along_axis(hidden_BTD, rows.source[..., None], axis=1)
+    hidden_BSD = sharding.by_row(_take)(hidden_BTD, rows.source)
     adapter = None if adapters is None else adapters.of_head()
     return token_scores(
         hidden_BSD,
@@ -71,6 +71,10 @@ def score_tokens(
         low_rank=None if adapter is None else (adapter.down(hidden_BSD), adapter.b_rO),
         train_head=train_head,
     )
+
+
+def _take(hidden_BTD: jax.Array, source_BS: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(hidden_BTD, source_BS[..., None], axis=1)
 
 
 def sum_sequences(logp_BS: jax.Array, rows: Rows, branches: int) -> Sequences:
@@ -91,6 +95,18 @@ def put(mesh: Mesh, rows: Rows) -> Rows:
     return Rows(*jax.device_put(tuple(rows), sharding.rows(mesh)))
 
 
+def score_program(
+    arch: Architecture, *, dtype: Any, remat: str, branches: int, attention: Kernel = "auto"
+) -> Any:
+    """The jitted `(params, rows) -> Sequences`; rows lie on the devices of the mesh that is set."""
+
+    def run(params, rows):
+        scores = score_tokens(arch, params, rows, dtype=dtype, remat=remat, attention=attention)
+        return sum_sequences(scores.logp, rows, branches)
+
+    return jax.jit(run)
+
+
 def make_scorer(
     arch: Architecture,
     mesh: Mesh,
@@ -101,11 +117,7 @@ def make_scorer(
     attention: Kernel = "auto",
 ) -> Callable[[Any, Rows], Sequences]:
     """A compiled `(params, rows) -> Sequences`; rows are host arrays."""
-
-    @jax.jit
-    def run(params, rows):
-        scores = score_tokens(arch, params, rows, dtype=dtype, remat=remat, attention=attention)
-        return sum_sequences(scores.logp, rows, branches)
+    run = score_program(arch, dtype=dtype, remat=remat, branches=branches, attention=attention)
 
     def scorer(params, rows):
         with jax.set_mesh(mesh):
