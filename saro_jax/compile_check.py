@@ -3,12 +3,12 @@
 
 Compiles the programs that training, scoring or generation run, with the real TPU compiler, on this
 machine and for a TPU that it need not have: no weights, no rows, no accelerator. Exact: whether it
-compiles and fits, memory, operations, collectives and their bytes. An *estimate*: every time, tokens
-a second and MFU, from the compiler's schedule; nothing of it was measured on a TPU.
+compiles and fits, memory, operations, collectives and their bytes. An *estimate*: every time,
+tokens a second and MFU, from the compiler's schedule; nothing of it was measured on a TPU.
 
-The model is model.path: a Hub id whose shape is packaged (configs/models), a folder with at least a
-config.json, or another Hub id. Rows are taken as full of sequences of data.max_length tokens; a pair
-as a prefix of half of that, shared, and two branches of the other half. Memory is of a step alone:
+The model is model.path: a Hub id whose shape is packaged (configs/models), a folder with at least
+a config.json, or another Hub id. Rows are taken as full of sequences of data.max_length tokens; a
+pair as a prefix of half of that, shared, and two branches of the other half. Memory is of a step alone:
 the runtime's own and a second program's stay out. Exit code 0 fits, 1 does not, 2 an error.
 """
 
@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saro_jax import config as configuration
@@ -810,7 +809,7 @@ def render(report: Mapping[str, Any]) -> str:
     if report["sequence_tokens_per_step"] != report["tokens_per_step"]:
         kind = "new" if report["stage"] == "sample" else "of all sequences (shared prefix in each)"
         tokens += f", {report['sequence_tokens_per_step']:.0f} {kind}"
-    once = sum((program["loops_counted_once"] for program in report["programs"]), [])
+    once = [name for program in report["programs"] for name in program["loops_counted_once"]]
     lines += [
         f"  estimate      {report['estimate_step_seconds'] * 1e3:.0f} ms a step ({tokens}), "
         f"{report['estimate_tokens_per_second_per_chip']:.0f} tokens/s a chip, MFU "

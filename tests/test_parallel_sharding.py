@@ -48,17 +48,21 @@ def test_every_matrix_is_cut_along_both_axes_and_the_rest_whole(family):
         elif name.endswith("bias"):
             assert spec in (P(), P(None, "tensor")), name
         else:
-            assert {axis for axis in spec if axis} == {"fsdp", "tensor"}, name
+            axes = [(part,) if isinstance(part, str) else part or () for part in spec]
+            assert {axis for part in axes for axis in part} == {"fsdp", "tensor"}, name
 
 
 def test_the_table():
     found = specs(shapes("biases"))
     assert found["model/embed_tokens/weight"] == P("tensor", "fsdp")
+    wide = ("tensor", "fsdp")
     for name in ("self_attn/q_proj", "self_attn/v_proj", "mlp/gate_proj", "mlp/up_proj"):
-        assert found[f"model/layers/{name}/weight"] == P(None, "fsdp", "tensor")
+        cut = P(None, "fsdp", "tensor") if "attn" in name else P(None, None, wide)
+        assert found[f"model/layers/{name}/weight"] == cut
         assert found[f"model/layers/{name}/bias"] == P(None, "tensor")
     for name in ("self_attn/o_proj", "mlp/down_proj"):
-        assert found[f"model/layers/{name}/weight"] == P(None, "tensor", "fsdp")
+        cut = P(None, "tensor", "fsdp") if "attn" in name else P(None, wide, None)
+        assert found[f"model/layers/{name}/weight"] == cut
         assert found[f"model/layers/{name}/bias"] == P()
 
 

@@ -13,6 +13,9 @@ from jax.sharding import PartitionSpec as P
 # First match wins, on the path of the leaf joined with "/". Layers are stacked on axis 0. Optimizer
 # moments carry the parameter's path as a suffix, so the same rules serve them.
 RULES: tuple[tuple[str, P], ...] = (
+    # The wide axis of the MLP is the one that is cut: gathered piece by piece, each piece of gate and
+    # up then is a piece of the result, where pieces of the other axis would each be added to all of
+    # it, in float32 (docs/log.md).
     (r"(embed_tokens|lm_head)/weight$", P("tensor", "fsdp")),
     (r"layers/.*(q_proj|k_proj|v_proj)/weight$", P(None, "fsdp", "tensor")),
     (r"layers/.*o_proj/weight$", P(None, "tensor", "fsdp")),
@@ -22,10 +25,14 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/.*(o_proj|down_proj)/bias$", P()),
     # Adapters are cut like the matrix they stand beside; their rank never is. A of o_proj and
     # down_proj is cut where its input is, so what crosses the devices is [tokens, rank].
-    (r"layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/lora_A$", P(None, "fsdp", None)),
-    (r"layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/lora_B$", P(None, None, "tensor")),
-    (r"layers/.*(o_proj|down_proj)/lora_A$", P(None, "tensor", None)),
-    (r"layers/.*(o_proj|down_proj)/lora_B$", P(None, None, "fsdp")),
+    (r"layers/.*(q_proj|k_proj|v_proj)/lora_A$", P(None, "fsdp", None)),
+    (r"layers/.*(q_proj|k_proj|v_proj)/lora_B$", P(None, None, "tensor")),
+    (r"layers/.*o_proj/lora_A$", P(None, "tensor", None)),
+    (r"layers/.*o_proj/lora_B$", P(None, None, "fsdp")),
+    (r"layers/.*(gate_proj|up_proj)/lora_A$", P(None, None, None)),
+    (r"layers/.*(gate_proj|up_proj)/lora_B$", P(None, None, ("tensor", "fsdp"))),
+    (r"layers/.*down_proj/lora_A$", P(None, ("tensor", "fsdp"), None)),
+    (r"layers/.*down_proj/lora_B$", P(None, None, None)),
     (r"lm_head/lora_A$", P("fsdp", None)),
     (r"lm_head/lora_B$", P(None, "tensor")),
     (r"norm/weight$", P()),

@@ -1,8 +1,8 @@
 """TPU topologies by any of their names, and what one device of each has.
 
 A Cloud name counts what Google counts: TensorCores for v4, v5p and TPU7x (v5p-32 has 16 chips),
-chips for v5e and v6e (v5litepod-16 has 16). libtpu wants a shape (v5p:2x2x4) and, for what no whole host makes up, how
-many chips a host has.
+chips for v5e and v6e (v5litepod-16 has 16). libtpu wants a shape (v5p:2x2x4) and, for what no whole
+host makes up, how many chips a host has.
 """
 
 import difflib
@@ -26,8 +26,8 @@ class Chip:
     axis of the torus in both directions (the figure that Cloud gives is of all links of a chip),
     dcn_rate: of a chip's share of its host's network. All from the pages "TPU v4", "TPU v5e",
     "TPU v5p", "TPU v6e" and "TPU7x" of cloud.google.com/tpu/docs, system architecture; v4's
-    dcn_rate is assumed to be v5e's. clock: Hz, with which the compiler's cycles for lone large products come to 96 % of
-    `flops` (88 % on v6e).
+    dcn_rate is assumed to be v5e's. clock: Hz, with which the compiler's cycles for lone large
+    products come to 96 % of `flops` (88 % on v6e).
     """
 
     name: str

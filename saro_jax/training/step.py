@@ -3,9 +3,10 @@
 Legend: B rows, S scored positions of a row, P item slots of a row, K branches of an item,
 G segments of a branch (objectives/preference.py).
 
-A step is `accumulate` over its blocks and one `update`, or `whole` where it has one block: the sum
-of the gradients then exists from the backward pass on, not through the forward one. Losses are sums; `total`, the weight of the
-whole step, is known before the first block, so any cut into blocks gives the same step.
+A step is `accumulate` over its blocks and one `update`, or `whole` where it has one block: then the
+gradients exist from the backward pass on, not through the forward one. Losses are sums; `total`,
+the weight of the whole step, is known before the first block, so any cut into blocks gives the
+same step.
 """
 
 from collections.abc import Callable
