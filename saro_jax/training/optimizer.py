@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from saro_jax.config import LoRAConfig, OptimizerConfig
@@ -49,6 +50,18 @@ def scale_adapters(ratio: float) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
 
 
+def clip_by_global_norm(most: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm`, as one factor: its two operations a leaf make XLA on a CPU keep
+    a clipped copy of all gradients, where a product is computed again by whoever reads it."""
+
+    def clipped(gradients, _):
+        norm = optax.tree.norm(gradients)
+        factor = jnp.where(norm < most, 1.0, most / norm)
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients)
+
+    return optax.stateless(clipped)
+
+
 def make(
     config: OptimizerConfig, steps: int, lora: LoRAConfig | None = None
 ) -> optax.GradientTransformation:
@@ -59,7 +72,7 @@ def make(
     schedule = learning_rate(config, steps)
     parts = []
     if config.max_grad_norm > 0:
-        parts.append(optax.clip_by_global_norm(config.max_grad_norm))
+        parts.append(clip_by_global_norm(config.max_grad_norm))
     if config.name == "adamw":
         parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
     if config.weight_decay > 0:
