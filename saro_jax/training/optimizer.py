@@ -62,6 +62,19 @@ def clip_by_global_norm(most: float) -> optax.GradientTransformation:
     return optax.stateless(clipped)
 
 
+def adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` with float32 moments, as the gradients are, whatever the weights are.
+
+    Made from bfloat16 weights they would begin as bfloat16 and be float32 after the first step.
+    """
+    inner = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+
+    def init(params):
+        return inner.init(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+
+    return optax.GradientTransformation(init, inner.update)
+
+
 def make(
     config: OptimizerConfig, steps: int, lora: LoRAConfig | None = None
 ) -> optax.GradientTransformation:
@@ -74,7 +87,7 @@ def make(
     if config.max_grad_norm > 0:
         parts.append(clip_by_global_norm(config.max_grad_norm))
     if config.name == "adamw":
-        parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
+        parts.append(adam(config))
     if config.weight_decay > 0:
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
     parts.append(optax.scale_by_learning_rate(schedule))
