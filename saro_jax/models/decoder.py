@@ -16,25 +16,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from saro_jax.models import embedding
 from saro_jax.models.architecture import Architecture, inverse_frequencies
-from saro_jax.models.attention import SAVED as SAVED_ATTENTION
 from saro_jax.models.attention import Kernel, Tokens, attend, attend_cache
 from saro_jax.models.dot import dot
 from saro_jax.models.lora import Adapters, LowRank
+from saro_jax.models.remat import recompute, store
 from saro_jax.parallel.sharding import constrain_rows
 
 Params = dict[str, Any]
 F32 = jnp.float32
 NO_WINDOW = 2**30
-# What the remat policies keep of a layer beside its input (`attend` names its own residuals).
-SAVED = {
-    "full": (),
-    "attention": SAVED_ATTENTION,
-    "dots": ("q", "k", "v", *SAVED_ATTENTION, "gate", "up"),
-}
 
 
 class Cache(NamedTuple):
@@ -99,7 +92,7 @@ class Attention(nnx.Module):
         if arch.qk_norm:
             q, k = self.q_norm(q, arch), self.k_norm(k, arch)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
+        q, k, v = store(q, "q"), store(k, "k"), store(v, "v")
         out_BTNH, carried = mix(q, k, v)
         return self.o_proj(out_BTNH.reshape(B, T, -1), low("o_proj")), carried
 
@@ -113,8 +106,8 @@ class Mlp(nnx.Module):
 
     def __call__(self, x_BTD, arch: Architecture, adapters: dict[str, LowRank]) -> jax.Array:
         low = adapters.get
-        gate = checkpoint_name(self.gate_proj(x_BTD, low("gate_proj")), "gate").astype(F32)
-        up = checkpoint_name(self.up_proj(x_BTD, low("up_proj")), "up").astype(F32)
+        gate = store(self.gate_proj(x_BTD, low("gate_proj")), "gate").astype(F32)
+        up = store(self.up_proj(x_BTD, low("up_proj")), "up").astype(F32)
         h_BTF = (_activation(gate, arch.hidden_act) * up).astype(x_BTD.dtype)
         return self.down_proj(h_BTF, low("down_proj"))
 
@@ -233,13 +226,6 @@ def _activation(x: jax.Array, name: str) -> jax.Array:
     return jax.nn.gelu(x, approximate=name == "gelu_tanh")
 
 
-def _remat(body, policy: str):
-    if policy == "none":
-        return body
-    save = jax.checkpoint_policies.save_only_these_names(*SAVED[policy])
-    return jax.checkpoint(body, policy=save, prevent_cse=False)
-
-
 def _enter(arch: Architecture, params: Params, tokens_BT, position_BT, dtype):
     """The module, the embedded tokens [B, T, D], and per layer: window and RoPE tables."""
     model = _module(arch, params).model
@@ -281,6 +267,7 @@ def forward(
 
     def body(x_BTD, scanned):
         layer, window, variant, *low = scanned
+        x_BTD = store(x_BTD, "input")
 
         def mix(q, k, v):
             scale, cap = arch.attention_scale, arch.attention_softcap
@@ -292,7 +279,7 @@ def forward(
     scanned = (model.layers, windows, variants)
     if adapters is not None:
         scanned += (adapters.layers(), jnp.arange(arch.num_layers))
-    x_BTD, _ = lax.scan(_remat(body, remat), x_BTD, scanned)
+    x_BTD, _ = lax.scan(recompute(body, remat), x_BTD, scanned)
     return model.norm(x_BTD, arch)
 
 
