@@ -90,7 +90,8 @@ def score(config: Config, kind: rows.StageKind, out: Path, *, whole: bool = Fals
     rows.check_share(rejects, total, config.data.max_reject_share)
 
     check_kernel(config.model.attention)
-    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = meshes.make_mesh(**dict(config.mesh))
+    decoder.check_mesh(arch, mesh)
     dtype = jnp.dtype(config.model.dtype)
     if whole and config.data.row_length is None and items:
         longest = max(laid_out_length(item, layout) for item in items)

@@ -174,11 +174,12 @@ def prepare(config: Config, stage: str) -> Prepared:
     Writes nothing and refuses no row; `config.model.path` must be filled in.
     """
     check_kernel(config.model.attention)
-    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = meshes.make_mesh(**dict(config.mesh))
     shape = _shape(config, stage, mesh)
     folder = hub.resolve(config.model.path, config.model.revision)
     arch = huggingface.load_architecture(folder)
     decoder.check_length(arch, config.data.max_length)
+    decoder.check_mesh(arch, mesh)
     trainable.trained_names(arch, config)  # refuses now what nothing could train with
     tokenizer = chat.load_tokenizer(folder, config.model.chat_template)
     source = Source(folder, arch, tokenizer, mesh, config)

@@ -339,10 +339,11 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 from pathlib import Path
 import jax, numpy as np
 from saro_jax.models import decoder, huggingface
+from saro_jax.parallel.mesh import make_mesh
 from saro_jax.parallel.sharding import shardings
 folder = Path(sys.argv[1])
 arch = huggingface.load_architecture(folder)
-mesh = jax.make_mesh((1, 2, 2), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3)
+mesh = make_mesh(fsdp=2, tensor=2)
 places = shardings(mesh, decoder.abstract_params(arch))
 params = huggingface.load_params(folder, arch, "float32", places)
 assert jax.tree.map(lambda x: x.sharding, params) == places

@@ -17,13 +17,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
 from saro_jax.models.architecture import Architecture, inverse_frequencies
 from saro_jax.models.attention import SAVED as SAVED_ATTENTION
 from saro_jax.models.attention import Kernel, Tokens, attend, attend_cache
 from saro_jax.models.dot import dot
 from saro_jax.models.lora import Adapters, LowRank
-from saro_jax.parallel.sharding import constrain_rows, whole_columns
+from saro_jax.parallel.sharding import check_heads, constrain_rows, shardings, whole_columns
 
 Params = dict[str, Any]
 F32 = jnp.float32
@@ -100,7 +101,8 @@ class Attention(nnx.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         out_BTNH, carried = mix(q, k, v)
-        return self.o_proj(out_BTNH.reshape(B, T, -1), low("o_proj")), carried
+        out_BTI = constrain_rows(out_BTNH.reshape(B, T, -1), "tensor")
+        return self.o_proj(out_BTI, low("o_proj")), carried
 
 
 class Mlp(nnx.Module):
@@ -196,6 +198,12 @@ def check_length(arch: Architecture, length: int) -> None:
                 f"rope type 'dynamic' is supported up to {limit} tokens (max_position_embeddings); "
                 f"this needs {length}"
             )
+
+
+def check_mesh(arch: Architecture, mesh: Mesh) -> None:
+    """Refuse, in one line, a mesh whose axes do not divide the heads or the matrices."""
+    check_heads(arch.num_heads, mesh.shape)
+    shardings(mesh, abstract_params(arch))
 
 
 def head(arch: Architecture, params: Params) -> jax.Array:
