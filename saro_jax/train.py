@@ -353,11 +353,12 @@ def _shape(config: Config, stage: str, mesh: Mesh) -> Shape:
     if config.train.micro_rows % shards:
         raise ValueError(
             f"train.micro_rows={config.train.micro_rows}: must be a multiple of the {shards} "
-            "shards that the mesh cuts rows into (mesh.data x mesh.fsdp)"
+            "shards that the mesh cuts rows into (mesh.slice x mesh.data x mesh.fsdp)"
         )
-    length = pipeline.row_length(config.data, row_kind(config, stage))
+    length = pipeline.row_length(config.data, row_kind(config, stage), mesh.shape["sequence"])
     layout = config.srpo.layout if stage == "srpo" else "shared"
-    return Shape(length, config.train.micro_rows, layout, config.data.row_buckets)
+    buckets, unit = config.data.row_buckets, mesh.shape["sequence"]
+    return Shape(length, config.train.micro_rows, layout, buckets, unit)
 
 
 def _read(config: Config, stage: str, source: Source, shape: Shape, rows_of) -> Read:

@@ -19,7 +19,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from saro_jax.parallel.sharding import HEADS, ROWS, axis_parts, constrain_heads
+from saro_jax.parallel.sharding import HEADS, ROWS, axis_parts, constrain_heads, gather_heads
 
 F32 = jnp.float32
 NEGATIVE = -1e30  # a finite "minus infinity": (NEGATIVE - NEGATIVE) stays a number
@@ -138,11 +138,12 @@ def _whole_rows(q_BTNH, k_BTKH, v_BTKH):
     Where there are fewer key heads than devices (or they do not divide), each is repeated for the
     devices whose queries it serves: query head n of N reads key head n * K // N before and after.
     """
-    N, K = q_BTNH.shape[2], k_BTKH.shape[2]
+    K = k_BTKH.shape[2]
     copies = math.lcm(K, axis_parts(HEADS)) // K
-    if N % (K * copies) == 0:
-        k_BTKH, v_BTKH = (jnp.repeat(x, copies, axis=2) for x in (k_BTKH, v_BTKH))
-    return tuple(map(constrain_heads, (q_BTNH, k_BTKH, v_BTKH)))
+    q_BTNH, kv = constrain_heads(q_BTNH), (k_BTKH, v_BTKH)
+    if copies > 1:
+        kv = (jnp.repeat(gather_heads(x), copies, axis=2) for x in kv)
+    return q_BTNH, *map(constrain_heads, kv)
 
 
 def _grouped(x_BTNH: jax.Array, heads: int, blocks: int) -> jax.Array:

@@ -93,9 +93,15 @@ class Attention(nnx.Module):
         """`mix` turns (q, k, v) of this layer into the attention output and whatever it carries."""
         B, T, _ = x_BTD.shape
         low = adapters.get
-        q = self.q_proj(x_BTD, low("q_proj")).reshape(B, T, arch.num_heads, arch.head_dim)
-        k = self.k_proj(x_BTD, low("k_proj")).reshape(B, T, arch.num_kv_heads, arch.head_dim)
-        v = self.v_proj(x_BTD, low("v_proj")).reshape(B, T, arch.num_kv_heads, arch.head_dim)
+
+        def projected(projection: Weight, name: str, heads: int):
+            # Cut by token as x is, or the compiler would cut the product as attention wants it.
+            x_BTI = constrain_rows(projection(x_BTD, low(name)), "tensor")
+            return x_BTI.reshape(B, T, heads, arch.head_dim)
+
+        q = projected(self.q_proj, "q_proj", arch.num_heads)
+        k = projected(self.k_proj, "k_proj", arch.num_kv_heads)
+        v = projected(self.v_proj, "v_proj", arch.num_kv_heads)
         if arch.qk_norm:
             q, k = self.q_norm(q, arch), self.k_norm(k, arch)
         q, k = rotate(q, *rope), rotate(k, *rope)
