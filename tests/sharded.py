@@ -43,7 +43,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "uneven": {"model_type": "qwen3", "vocab_size": 303, "attention_bias": False}
     | {"num_attention_heads": 12, "num_key_value_heads": 3},
 }
-MESHES: dict[str, dict[str, int]] = {
+MESHES: dict[str, dict[str, Any]] = {
     "fsdp": {"fsdp": 8},
     "data-fsdp-tensor": {"data": 2, "fsdp": 2, "tensor": 2},
     "fsdp-tensor": {"fsdp": 2, "tensor": 4},  # more shards than key heads

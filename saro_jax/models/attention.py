@@ -10,6 +10,7 @@ branches, without any of them seeing another.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
@@ -111,7 +112,7 @@ def _masked_scores(q_BKqH, k_BKkH, scale, softcap, visible_Bqk) -> jax.Array:
     return jnp.where(jnp.tile(visible_Bqk, (1, groups, 1))[:, None], s, NEGATIVE)
 
 
-def over_mesh(run, inputs: tuple[Any, ...], results: Any):
+def over_mesh(run: Callable[..., Any], inputs: tuple[Any, ...], results: Any) -> Callable[..., Any]:
     """`run` of each device's rows and heads, where a mesh is set.
 
     Left to the compiler, a kernel is not cut at all, and the loops of this file run over the blocks

@@ -62,10 +62,8 @@ def _dot_bwd(residuals, dy):
     last = rows.ndim - 1
     dx = lax.dot_general(dy_rows, w, (((last,), (1,)), ((), ())), preferred_element_type=F32)
     dx = dx.astype(x.dtype).reshape(x.shape)
-    if last == 1:
-        left, contracted = row_major(rows.T), ((1,), (0,))
-    else:
-        left, contracted = rows, (tuple(range(last)),) * 2
+    left, axes = (row_major(rows.T), (1,)) if last == 1 else (rows, tuple(range(last)))
+    contracted = (axes, tuple(range(last)))
     dw = lax.dot_general(left, dy_rows, (contracted, ((), ())), preferred_element_type=F32)
     return dx, dw.astype(w_IO.dtype)
 
