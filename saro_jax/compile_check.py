@@ -8,8 +8,8 @@ tokens a second and MFU, from the compiler's schedule; nothing of it was measure
 
 The model is model.path: a Hub id whose shape is packaged (configs/models), a folder with at least
 a config.json, or another Hub id. Rows are taken as full of sequences of data.max_length tokens; a
-pair as a prefix of half of that, shared, and two branches of the other half. Memory is of a step alone:
-the runtime's own and a second program's stay out. Exit code 0 fits, 1 does not, 2 an error.
+pair as a prefix of half of that, shared, and two branches of the other half. Memory is of a step
+alone: the runtime's own and a second program's stay out. Exit code 0 fits, 1 does not, 2 an error.
 """
 
 import json
@@ -221,13 +221,14 @@ def prepare(
 ) -> Setup:
     """The programs of a stage on abstract arrays; a ValueError where the config cannot run."""
     arch = architecture(config)
-    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=devices)
+    mesh = meshes.make_mesh(**config.mesh.model_dump(), devices=devices)
+    decoder.check_mesh(arch, mesh)
     if stage == "sample":
         return _sample(
             config, arch, topology, mesh, sizes or {"batch": 64, "prompt": 1024, "new": 512}
         )
     kind = "sft" if stage == "rw" else "unpaired" if config.srpo.loss == "kto" else "preference"
-    length = pipeline.row_length(config.data, kind)
+    length = pipeline.row_length(config.data, kind, mesh.shape["sequence"])
     shards, rows = meshes.row_shards(mesh), config.train.micro_rows
     if rows % shards:
         raise ValueError(

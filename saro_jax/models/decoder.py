@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh
 
 from saro_jax.models import embedding
 from saro_jax.models.architecture import Architecture, inverse_frequencies
@@ -23,7 +24,7 @@ from saro_jax.models.attention import Kernel, Tokens, attend, attend_cache
 from saro_jax.models.dot import dot
 from saro_jax.models.lora import Adapters, LowRank
 from saro_jax.models.remat import recompute, store
-from saro_jax.parallel.sharding import constrain_rows
+from saro_jax.parallel.sharding import check_heads, constrain_rows, shardings
 
 Params = dict[str, Any]
 F32 = jnp.float32
@@ -86,15 +87,22 @@ class Attention(nnx.Module):
         """`mix` turns (q, k, v) of this layer into the attention output and whatever it carries."""
         B, T, _ = x_BTD.shape
         low = adapters.get
-        q = self.q_proj(x_BTD, low("q_proj")).reshape(B, T, arch.num_heads, arch.head_dim)
-        k = self.k_proj(x_BTD, low("k_proj")).reshape(B, T, arch.num_kv_heads, arch.head_dim)
-        v = self.v_proj(x_BTD, low("v_proj")).reshape(B, T, arch.num_kv_heads, arch.head_dim)
+
+        def projected(projection: Weight, name: str, heads: int):
+            # Cut by token as x is, or the compiler would cut the product as attention wants it.
+            x_BTI = constrain_rows(projection(x_BTD, low(name)), "tensor")
+            return x_BTI.reshape(B, T, heads, arch.head_dim)
+
+        q = projected(self.q_proj, "q_proj", arch.num_heads)
+        k = projected(self.k_proj, "k_proj", arch.num_kv_heads)
+        v = projected(self.v_proj, "v_proj", arch.num_kv_heads)
         if arch.qk_norm:
             q, k = self.q_norm(q, arch), self.k_norm(k, arch)
         q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = store(q, "q"), store(k, "k"), store(v, "v")
         out_BTNH, carried = mix(q, k, v)
-        return self.o_proj(out_BTNH.reshape(B, T, -1), low("o_proj")), carried
+        out_BTI = constrain_rows(out_BTNH.reshape(B, T, -1), "tensor")
+        return self.o_proj(out_BTI, low("o_proj")), carried
 
 
 class Mlp(nnx.Module):
@@ -190,6 +198,12 @@ def check_length(arch: Architecture, length: int) -> None:
                 f"rope type 'dynamic' is supported up to {limit} tokens (max_position_embeddings); "
                 f"this needs {length}"
             )
+
+
+def check_mesh(arch: Architecture, mesh: Mesh) -> None:
+    """Refuse, in one line, a mesh whose axes do not divide the heads or the matrices."""
+    check_heads(arch.num_heads, mesh.shape)
+    shardings(mesh, abstract_params(arch))
 
 
 def head(arch: Architecture, params: Params) -> jax.Array:

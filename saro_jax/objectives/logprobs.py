@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from saro_jax.models.attention import platform
 from saro_jax.models.dot import row_major
-from saro_jax.parallel.sharding import row_axes
+from saro_jax.parallel.sharding import SHARDS, TOKENS, axis_parts, row_axes
 
 F32 = jnp.float32
 CHUNK = 256  # tokens of all rows together whose logits exist at one time
@@ -60,8 +60,7 @@ def token_scores(
     """
     B, S, _ = hidden_BSD.shape
     mesh = jax.sharding.get_abstract_mesh()
-    rows = row_axes(B)
-    if rows is not None and (mesh.size > 1 or platform() == "tpu"):
+    if row_axes(B, TOKENS) and (mesh.size > 1 or platform() == "tpu"):
         with jax.named_scope("logits"):
             low = None if low_rank is None else (low_rank[0], low_rank[1].astype(hidden_BSD.dtype))
             inputs = (hidden_BSD, head_VD, low, target_BS, valid_BS)
@@ -218,39 +217,34 @@ _scores.defvjp(_scores_fwd, _scores_bwd)
 class _Cut(NamedTuple):
     """How one call is laid out on the mesh."""
 
-    rows: tuple[str, ...]  # axes that cut the rows
     tensor: str | None  # axis that cuts the vocabulary
-    fsdp: str | None  # axis that cuts the hidden axis of the output matrix
+    shards: tuple[str, ...]  # axes that cut the hidden axis of the output matrix
     size: int  # of a part of one device's vocabulary
     parts: int
 
 
 def _cut_of(hidden_BSD: jax.Array, head_VD: jax.Array) -> _Cut:
-    sizes = dict(jax.sharding.get_abstract_mesh().shape)
     (B, S, D), V = hidden_BSD.shape, head_VD.shape[0]
-    rows = row_axes(B)
-    assert rows is not None
-    tensor = "tensor" if sizes.get("tensor", 1) > 1 and V % sizes["tensor"] == 0 else None
-    fsdp = "fsdp" if sizes.get("fsdp", 1) > 1 and D % sizes["fsdp"] == 0 else None
-    local = V // (sizes["tensor"] if tensor else 1)
-    tokens = B * S
-    for axis in rows:
-        tokens //= sizes[axis]
+    tensor = axis_parts("tensor")
+    cuts = tensor > 1 and V % tensor == 0
+    shards = SHARDS if axis_parts(SHARDS) > 1 and D % axis_parts(SHARDS) == 0 else ()
+    local = V // (tensor if cuts else 1)
+    tokens = B * S // axis_parts(TOKENS)
     parts = -(-local * tokens * 4 // PART)
     size = min(local, -(-local // (parts * LANES)) * LANES)
-    return _Cut(rows, tensor, fsdp, size, -(-local // size))
+    return _Cut("tensor" if cuts else None, shards, size, -(-local // size))
 
 
 def _specs(cut: _Cut, low_rank) -> tuple[P, P, tuple[P, P] | None, P]:
     """Of hidden, output matrix, adapter and what has one entry a token."""
-    low = None if low_rank is None else (P(cut.rows), P(None, cut.tensor))
-    return P(cut.rows), P(cut.tensor, cut.fsdp), low, P(cut.rows)
+    low = None if low_rank is None else (P(TOKENS), P(None, cut.tensor))
+    return P(TOKENS), P(cut.tensor, cut.shards or None), low, P(TOKENS)
 
 
 def _gathered(head_VD: jax.Array, start, cut: _Cut, dtype) -> jax.Array:
     """Rows start..start + size of the output matrix in the compute dtype, whole: [v, D]."""
     part = lax.dynamic_slice_in_dim(head_VD, start, cut.size, 0).astype(dtype)
-    return lax.all_gather(part, cut.fsdp, axis=1, tiled=True) if cut.fsdp else part
+    return lax.all_gather(part, cut.shards, axis=1, tiled=True) if cut.shards else part
 
 
 def _part_logits(i, hidden_MD, head_VD, low, cut: _Cut, softcap):
@@ -337,8 +331,8 @@ def _parts_backward(
         dhidden_MD += jnp.einsum("Mv,vD->MD", dx, part_vD, preferred_element_type=F32)
         if train_head:
             dpart = jnp.einsum("Mv,MD->vD", dx, hidden_MD, preferred_element_type=F32)
-            if cut.fsdp:
-                dpart = lax.psum_scatter(dpart, cut.fsdp, scatter_dimension=1, tiled=True)
+            if cut.shards:
+                dpart = lax.psum_scatter(dpart, cut.shards, scatter_dimension=1, tiled=True)
             dhead_VD = _add_at(dhead_VD, dpart, start, 0)
         if low is not None:
             u_Mr, b_rV = low
@@ -357,13 +351,13 @@ def _parts_backward(
     if cut.tensor:
         dhidden_MD = lax.psum(dhidden_MD, cut.tensor)
     if dhead_VD is not None:
-        rest = tuple(axis for axis in cut.rows if axis != cut.fsdp)
+        rest = tuple(axis for axis in TOKENS if axis not in cut.shards)
         dhead_VD = lax.psum(dhead_VD, rest).astype(head_VD.dtype)
     if dlow is not None:
         du, db = dlow
         du = (lax.psum(du, cut.tensor) if cut.tensor else du).astype(hidden_BSD.dtype)
         assert low_rank is not None
-        db = lax.psum(db, cut.rows).astype(low_rank[1].dtype)
+        db = lax.psum(db, TOKENS).astype(low_rank[1].dtype)
         dlow = du.reshape(low_rank[0].shape), db
     return dhidden_MD.astype(hidden_BSD.dtype).reshape(hidden_BSD.shape), dhead_VD, dlow
 

@@ -59,22 +59,20 @@ def score_tokens(
         adapters=adapters,
         attention=attention,
     )
-    hidden_BSD = sharding.by_row(_take)(hidden_BTD, rows.source)
+    # On a mesh that cuts tokens, B and S are those of `sharding.deal_tokens` from here on.
+    hidden_BSD = sharding.gather_tokens(hidden_BTD, rows.source)
     adapter = None if adapters is None else adapters.of_head()
-    return token_scores(
+    scores = token_scores(
         hidden_BSD,
         decoder.head(arch, params),
-        rows.target,
-        rows.valid,
+        sharding.deal_tokens(rows.target),
+        sharding.deal_tokens(rows.valid),
         softcap=arch.final_softcap,
         entropy=entropy,
         low_rank=None if adapter is None else (adapter.down(hidden_BSD), adapter.b_rO),
         train_head=train_head,
     )
-
-
-def _take(hidden_BTD: jax.Array, source_BS: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(hidden_BTD, source_BS[..., None], axis=1)
+    return TokenScores(*map(sharding.collect_tokens, scores))
 
 
 def sum_sequences(logp_BS: jax.Array, rows: Rows, branches: int) -> Sequences:
