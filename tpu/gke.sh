@@ -10,7 +10,7 @@
 #   --slices=N              slices of that type (1)
 #   --spot                  on Spot nodes
 #   --service-account=NAME  Kubernetes service account that may use the bucket (saro)
-#   --max-restarts=N        of all hosts together, preemptions not counted (5)
+#   --max-restarts=N        of all hosts together, preemptions are counted too (20)
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=tpu/types.sh
@@ -18,7 +18,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 die() { echo "error: $*" >&2; exit 2; }
 
-name='' type='' image='' bucket='' slices=1 spot=false account=saro restarts=5 command=()
+name='' type='' image='' bucket='' slices=1 spot=false account=saro restarts=20 command=()
 while (($#)); do
   case $1 in
     --name=*) name=${1#*=} ;;

@@ -68,6 +68,7 @@ mount_bucket() {
     # Checkpoints become valid by renaming a folder, which a bucket does file by file (atomic only
     # in one with a hierarchical namespace); what one host writes the others have to see at once.
     gcsfuse --implicit-dirs --rename-dir-limit=1000000 --metadata-cache-ttl-secs=0 \
+      --metadata-cache-negative-ttl-secs=0 \
       "$bucket" "$mount_point"
   fi
   local folder
