@@ -139,7 +139,16 @@ def test_scripts_that_are_run_are_executable_and_the_sourced_ones_are_not():
 
 
 def tpu_type(name: str) -> dict[str, str]:
-    keys = "generation accelerator chips hosts host_chips topology runtime gke_label".split()
+    keys = [
+        "generation",
+        "accelerator",
+        "chips",
+        "hosts",
+        "host_chips",
+        "topology",
+        "runtime",
+        "gke_label",
+    ]
     show = "; ".join(f'echo "{key}=$tpu_{key}"' for key in keys)
     found = subprocess.run(
         ["bash", "-c", f'. {TPU}/types.sh; tpu_type "$1" || exit; {show}', "bash", name],
