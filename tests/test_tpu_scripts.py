@@ -564,9 +564,14 @@ def test_preflight_comes_first_and_can_refuse(host, cloud: Cloud):
     cloud.program("python", '#!/bin/sh\necho "python $*"\nexit ${FAKE_CODE:-0}\n')
     done = host("run", "python", "-m", "x", SARO_PREFLIGHT="1")
     assert done.stdout == "python -m saro_jax.parallel.preflight\npython -m x\n"
-    done = host("run", "python", "-m", "x", SARO_PREFLIGHT="1", FAKE_CODE="4")
+    done = host("run", "python", "-m", "x", SARO_PREFLIGHT="1", FAKE_CODE="2")
+    # Not 2, after which the launcher would not start it again.
     assert done.returncode == 4 and "python -m x" not in done.stdout
-    assert "preflight: exit code 4" in done.stdout
+    assert "preflight: exit code 2" in done.stdout
+    words = ["python", "-m", "saro_jax.train", "--config=a b", "--out=o", "--dry-run"]
+    done = host("run", *words, SARO_PREFLIGHT="1")
+    first = "python -m saro_jax.parallel.preflight --config=a b --out=o"
+    assert done.stdout == f"{first}\n{' '.join(words)}\n"
 
 
 def test_in_the_foreground_sigterm_reaches_the_command_once(cloud: Cloud):

@@ -14,6 +14,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(dirname "$here")
 jobs=${SARO_JOBS:-$HOME/saro_jobs}
+PREFLIGHT_FAILED=4 # exit code
 
 alive() { [[ -s $jobs/$1/pid ]] && kill -0 "$(cat "$jobs/$1/pid")" 2>/dev/null; }
 
@@ -47,10 +48,18 @@ run() {
   . "$here/env.sh"
   if [[ -d $root/.venv/bin ]]; then PATH=$root/.venv/bin:$PATH; fi
   if [[ ${SARO_PREFLIGHT:-1} != 0 ]]; then
-    local code=0
-    attend python -m saro_jax.parallel.preflight || code=$?
+    local code=0 word settings=()
+    # Training's own settings: that they are the same on all hosts, and fit the chips.
+    if [[ "${*:1:3}" == "python -m saro_jax.train" ]]; then
+      for word in "${@:4}"; do
+        if [[ $word != --dry-run ]]; then settings+=("$word"); fi
+      done
+    fi
+    attend python -m saro_jax.parallel.preflight ${settings[@]+"${settings[@]}"} || code=$?
     if ((code)); then
       echo "preflight: exit code $code on $(hostname); the command was not started"
+      # 2 means settings that are wrong for good; a host that differs may be right the next time.
+      if ((code == 2)); then code=$PREFLIGHT_FAILED; fi
       return "$code"
     fi
   fi
