@@ -712,3 +712,21 @@ def test_the_image_starts_what_the_manifest_expects():
         if line.startswith("COPY ") and line != "COPY . .":
             for source in line.split()[1:-1]:
                 assert (ROOT / source).exists(), source
+
+
+# ---- the guide -----------------------------------------------------------------------------------
+
+
+def test_the_guide_uses_options_and_files_that_there_are():
+    guide = (TPU / "README.md").read_text()
+    for script in ("launch", "gke"):
+        known = set(re.findall(r"^ +(--[a-z-]+)[=*)]", (TPU / f"{script}.sh").read_text(), re.M))
+        # A command with its continued lines, up to the `--` before what is run.
+        for command in re.findall(rf"tpu/{script}\.sh ((?:.*\\\n)*.*)", guide):
+            used = re.findall(r"(?<!\S)(--[a-z-]+)", command.split(" -- ")[0].split(" --\n")[0])
+            assert set(used) <= known, command
+    for name in re.findall(r"^\| ((?:`[\w.]+`(?:, )?)+) \| ", guide, re.M):
+        for file in re.findall(r"`([\w.]+\.(?:sh|yaml)|Dockerfile)`", name):
+            assert (TPU / file).exists(), file
+    for recipe in re.findall(r"--config=([\w.]+)", guide):
+        assert (ROOT / "configs" / f"{recipe}.yaml").exists(), recipe
