@@ -16,7 +16,10 @@ root=$(dirname "$here")
 jobs=${SARO_JOBS:-$HOME/saro_jobs}
 PREFLIGHT_FAILED=4 # exit code
 
-alive() { [[ -s $jobs/$1/pid ]] && kill -0 "$(cat "$jobs/$1/pid")" 2>/dev/null; }
+# After a reboot the number may be another process's.
+alive() {
+  [[ -s $jobs/$1/pid ]] && grep -qs worker.sh "/proc/$(cat "$jobs/$1/pid")/cmdline"
+}
 
 # Runs "$@" to its end and returns its exit code. SIGTERM, which is for the command and not for this
 # script, is passed on once where nothing else tells the command: a second one would kill it before
