@@ -174,11 +174,12 @@ def prepare(config: Config, stage: str) -> Prepared:
     Writes nothing and refuses no row; `config.model.path` must be filled in.
     """
     check_kernel(config.model.attention)
-    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = meshes.make_mesh(**dict(config.mesh))
     shape = _shape(config, stage, mesh)
     folder = hub.resolve(config.model.path, config.model.revision)
     arch = huggingface.load_architecture(folder)
     decoder.check_length(arch, config.data.max_length)
+    decoder.check_mesh(arch, mesh)
     trainable.trained_names(arch, config)  # refuses now what nothing could train with
     tokenizer = chat.load_tokenizer(folder, config.model.chat_template)
     source = Source(folder, arch, tokenizer, mesh, config)
@@ -354,11 +355,12 @@ def _shape(config: Config, stage: str, mesh: Mesh) -> Shape:
     if config.train.micro_rows % shards:
         raise ValueError(
             f"train.micro_rows={config.train.micro_rows}: must be a multiple of the {shards} "
-            "shards that the mesh cuts rows into (mesh.data x mesh.fsdp)"
+            "shards that the mesh cuts rows into (mesh.slice x mesh.data x mesh.fsdp)"
         )
-    length = pipeline.row_length(config.data, row_kind(config, stage))
+    length = pipeline.row_length(config.data, row_kind(config, stage), mesh.shape["sequence"])
     layout = config.srpo.layout if stage == "srpo" else "shared"
-    return Shape(length, config.train.micro_rows, layout, config.data.row_buckets)
+    buckets, unit = config.data.row_buckets, mesh.shape["sequence"]
+    return Shape(length, config.train.micro_rows, layout, buckets, unit)
 
 
 def _read(config: Config, stage: str, source: Source, shape: Shape, rows_of) -> Read:

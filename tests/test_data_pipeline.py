@@ -6,10 +6,22 @@ import numpy as np
 import pytest
 import tiny
 
+from saro_jax.config import DataConfig
 from saro_jax.data import pipeline
 
 ITEMS = tiny.items("preference")
 SHAPE = pipeline.Shape(96, 2, "shared", 2)
+
+
+def test_row_lengths_divide_by_the_shards_of_a_row():
+    short = DataConfig(train="x", max_length=33)
+    assert pipeline.row_length(short, "sft") == 66
+    assert pipeline.row_length(short, "sft", 4) == 68
+    given = DataConfig(train="x", max_length=33, row_length=100)
+    assert pipeline.row_length(given, "sft", 4) == 100
+    words = r"^data\.row_length=100: must be a multiple of mesh\.sequence=8, .*; 104 is the next$"
+    with pytest.raises(ValueError, match=words):
+        pipeline.row_length(given, "sft", 8)
 
 
 def plan(items=ITEMS, batch_rows=3, window=1, shape=SHAPE, **options):

@@ -16,13 +16,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh
 
+from saro_jax.models import embedding
 from saro_jax.models.architecture import Architecture, inverse_frequencies
 from saro_jax.models.attention import Kernel, Tokens, attend, attend_cache
 from saro_jax.models.dot import dot
 from saro_jax.models.lora import Adapters, LowRank
 from saro_jax.models.remat import recompute, store
-from saro_jax.parallel.sharding import constrain_rows, whole_columns
+from saro_jax.parallel.sharding import check_heads, constrain_rows, shardings
 
 Params = dict[str, Any]
 F32 = jnp.float32
@@ -85,15 +87,22 @@ class Attention(nnx.Module):
         """`mix` turns (q, k, v) of this layer into the attention output and whatever it carries."""
         B, T, _ = x_BTD.shape
         low = adapters.get
-        q = self.q_proj(x_BTD, low("q_proj")).reshape(B, T, arch.num_heads, arch.head_dim)
-        k = self.k_proj(x_BTD, low("k_proj")).reshape(B, T, arch.num_kv_heads, arch.head_dim)
-        v = self.v_proj(x_BTD, low("v_proj")).reshape(B, T, arch.num_kv_heads, arch.head_dim)
+
+        def projected(projection: Weight, name: str, heads: int):
+            # Cut by token as x is, or the compiler would cut the product as attention wants it.
+            x_BTI = constrain_rows(projection(x_BTD, low(name)), "tensor")
+            return x_BTI.reshape(B, T, heads, arch.head_dim)
+
+        q = projected(self.q_proj, "q_proj", arch.num_heads)
+        k = projected(self.k_proj, "k_proj", arch.num_kv_heads)
+        v = projected(self.v_proj, "v_proj", arch.num_kv_heads)
         if arch.qk_norm:
             q, k = self.q_norm(q, arch), self.k_norm(k, arch)
         q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = store(q, "q"), store(k, "k"), store(v, "v")
         out_BTNH, carried = mix(q, k, v)
-        return self.o_proj(out_BTNH.reshape(B, T, -1), low("o_proj")), carried
+        out_BTI = constrain_rows(out_BTNH.reshape(B, T, -1), "tensor")
+        return self.o_proj(out_BTI, low("o_proj")), carried
 
 
 class Mlp(nnx.Module):
@@ -191,6 +200,12 @@ def check_length(arch: Architecture, length: int) -> None:
             )
 
 
+def check_mesh(arch: Architecture, mesh: Mesh) -> None:
+    """Refuse, in one line, a mesh whose axes do not divide the heads or the matrices."""
+    check_heads(arch.num_heads, mesh.shape)
+    shardings(mesh, abstract_params(arch))
+
+
 def head(arch: Architecture, params: Params) -> jax.Array:
     """The output matrix [V, D]: the embedding table itself where the two are tied."""
     return (params["model"]["embed_tokens"] if arch.tie_word_embeddings else params["lm_head"])[
@@ -203,7 +218,9 @@ def rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Arr
     x = x_BTNH.astype(F32)
     a, b = jnp.split(x, 2, axis=-1)
     cos, sin = cos_BTH[:, :, None], sin_BTH[:, :, None]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
+    # Rounded before they are joined, which is the same and moves half the bytes.
+    halves = (a * cos - b * sin).astype(x_BTNH.dtype), (b * cos + a * sin).astype(x_BTNH.dtype)
+    return jnp.concatenate(halves, -1)
 
 
 def _rope_tables(arch: Architecture, position_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -226,8 +243,7 @@ def _activation(x: jax.Array, name: str) -> jax.Array:
 def _enter(arch: Architecture, params: Params, tokens_BT, position_BT, dtype):
     """The module, the embedded tokens [B, T, D], and per layer: window and RoPE tables."""
     model = _module(arch, params).model
-    table_VD = whole_columns(model.embed_tokens.weight[...])
-    x_BTD = table_VD[tokens_BT].astype(dtype)
+    x_BTD = embedding.lookup(model.embed_tokens.weight[...], tokens_BT, dtype)
     if arch.embed_scale != 1.0:
         x_BTD = x_BTD * jnp.asarray(arch.embed_scale, dtype)
     cos, sin = _rope_tables(arch, position_BT)

@@ -52,14 +52,15 @@ def estimate(
     head         three float32 chunks of logits, the output matrix in the compute dtype, and its
                  float32 gradient twice
     process      on a CPU 0.5 GiB of Python, libraries and compiled programs
-    Parameters are divided by mesh.fsdp x mesh.tensor, t by the shards of rows. Fragmentation is
+    Parameters are divided by mesh.fsdp x mesh.sequence x mesh.tensor, t by the shards of rows and
+    of their tokens. Fragmentation is
     left out. docs/doctor.md compares with the compiler's figures and with measurements.
     """
     learning, frozen = (jax.tree.leaves(tree) for tree in trainable.abstract(arch, config))
     trained = sum(leaf.size for leaf in learning)
     width, compute = (jnp.dtype(d).itemsize for d in (config.model.param_dtype, config.model.dtype))
-    parts = mesh.shape["fsdp"] * mesh.shape["tensor"] if mesh is not None else 1
-    shards = meshes.row_shards(mesh) if mesh is not None else 1
+    parts = meshes.weight_shards(mesh) if mesh is not None else 1
+    shards = meshes.row_shards(mesh) * mesh.shape["sequence"] if mesh is not None else 1
     tokens = shape.rows * shape.row_length / shards
     copies = 2 if stage == "srpo" and config.srpo.reference == "resident" else 1
     D, F, V = arch.hidden_size, arch.intermediate_size, arch.vocab_size
