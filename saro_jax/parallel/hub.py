@@ -8,6 +8,7 @@ Messages are JSON objects, one a line. Of a process to the hub: hello, gather, s
 bye, beat. Of the hub to all: all, refused, gathered, halt, safe, lost, done, beat.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -60,10 +61,8 @@ class Line:
         return message if isinstance(message, dict) else None
 
     def close(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         self._socket.close()
 
 
@@ -127,7 +126,8 @@ class Hub:
             if processes != self._processes:
                 return f"{member} counts {processes} processes, process 0 {self._processes}"
             if member.process in self._members:
-                return f"{member}: {self._members[member.process]} is there already"
+                there = self._members[member.process]
+                return f"{there} is there already, and comes again from {member.host}"
             if self._over:
                 return f"{member}: the run is over"
             self._members[member.process] = member
