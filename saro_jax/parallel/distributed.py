@@ -14,7 +14,8 @@ import sys
 import time
 import traceback
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, TypeVar
@@ -278,6 +279,26 @@ def check_stop() -> None:
     """`stopping` where nothing has to be saved: raises `Stopped`. Nothing in a run of one."""
     if several() and (number := stopping()):
         raise Stopped(number)
+
+
+@contextmanager
+def unguarded() -> Iterator[None]:
+    """A stretch without `stopping` in which a signal ends this process, and with it the others."""
+    if not several():
+        yield
+        return
+    before = {
+        number: signal.signal(number, default)
+        for number, default in (
+            (signal.SIGINT, signal.default_int_handler),
+            (signal.SIGTERM, signal.SIG_DFL),
+        )
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def refuse(error: ValueError) -> int:
