@@ -63,6 +63,8 @@ class Line:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            self._file.close()
         self._socket.close()
 
 
@@ -85,11 +87,11 @@ class Hub:
         self._lines: dict[int, Line] = {}
         self._members: dict[int, Member] = {}
         self._heard: dict[int, int] = {}
-        self._texts: dict[str, dict[int, str]] = {}
+        self._texts: dict[int, tuple[str, dict[int, str]]] = {}  # by number: what, and of whom
         self._polls: dict[int, int] = {}
         self._asked: dict[int, int] = {}
         self._done: dict[int, int] = {}  # process -> tick of its bye
-        self._tick, self._over = 0, False
+        self._tick, self._gone, self._over = 0, 0, False
         self._lock = threading.RLock()
         for task in (self._listen, self._watch):
             threading.Thread(target=task, daemon=True, name=f"hub {task.__name__}").start()
@@ -119,6 +121,8 @@ class Hub:
         with self._lock:
             if member.process not in self._done:
                 self._lose(member, "died", LOST)
+            self._gone += 1
+        line.close()
 
     def _join(self, member: Member, processes: int, line: Line) -> str:
         """Enter a process on the roll; what is wrong with it, or "" where nothing is."""
@@ -142,12 +146,18 @@ class Hub:
     def _handle(self, member: Member, message: dict[str, Any]) -> None:
         op, process = message.get("op"), member.process
         if op == "gather":
-            texts = self._texts.setdefault(message["key"], {})
+            number, what = message["number"], message["what"]
+            there, texts = self._texts.setdefault(number, (what, {}))
+            if what != there:
+                other = self._members[next(iter(texts))]
+                why = f"is at {what!r} where {other} is at {there!r}: another program or command?"
+                self._lose(member, why, 2)
+                return
             texts[process] = message["text"]
             if len(texts) == self._processes:
-                del self._texts[message["key"]]
+                del self._texts[number]
                 ordered = [texts[i] for i in range(self._processes)]
-                self._tell({"op": "gathered", "key": message["key"], "texts": ordered})
+                self._tell({"op": "gathered", "texts": ordered})
         elif op == "stop":
             if not self._asked:
                 self._tell({"op": "halt"})
@@ -177,8 +187,9 @@ class Hub:
         )
 
     def _tell(self, message: dict[str, Any]) -> None:
-        for line in list(self._lines.values()):
-            line.send(message)
+        # Process 0 last: it may end on hearing this, and the hub with it.
+        for process in sorted(self._lines, reverse=True):
+            self._lines[process].send(message)
 
     def _watch(self) -> None:
         # Ticks and not the clock: where the whole machine stood still, nobody was silent.
@@ -186,6 +197,11 @@ class Hub:
             time.sleep(TICK)
             with self._lock:
                 self._tick += 1
+                if self._over and self._gone == len(self._members):
+                    with contextlib.suppress(OSError):
+                        self._server.shutdown(socket.SHUT_RDWR)  # ends `_listen`
+                    self._server.close()
+                    return
                 if len(self._members) < self._processes:
                     if self._tick * TICK > self._timeout and not self._over:
                         self._over = True
@@ -221,17 +237,17 @@ class Connection:
         self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
         self._number, self._polls, self._heard, self._tick = 0, 0, 0, 0
         self._safe: int | None = None
-        self._asked = self._ended = False
+        self._asked = self._leaving = False
         self.stopped_by, self.stop_signal = "", 0
         self._gate = threading.Lock()  # held while all agree where to stop: nobody polls meanwhile
         self._done = threading.Event()
         hello = {"op": "hello", "process": me.process, "host": me.host, "processes": processes}
         self._line.send(hello)
         reply = self._line.receive()
-        if reply is None:
-            raise ValueError(f"{me}: process 0 at {_shown(address)} has gone")
-        if reply["op"] != "all":
-            raise ValueError(reply["why"])
+        if reply is None or reply["op"] != "all":
+            self._line.close()
+            gone = f"{me}: process 0 at {_shown(address)} has gone"
+            raise ValueError(gone if reply is None else reply["why"])
         self.hosts = reply["hosts"]
         for task in (self._read, self._beat):
             threading.Thread(target=task, daemon=True, name=f"hub {task.__name__}").start()
@@ -239,8 +255,7 @@ class Connection:
     def gather(self, what: str, text: str) -> list[str]:
         """The texts of all processes, in their order; each calls this for the same things."""
         self._number += 1
-        key = f"{self._number} {what}"
-        self._line.send({"op": "gather", "key": key, "text": text})
+        self._line.send({"op": "gather", "number": self._number, "what": what, "text": text})
         return self._answers.get()["texts"]
 
     def stopping(self, number: int) -> bool:
@@ -257,6 +272,7 @@ class Connection:
 
     def failed(self, why: str, code: int) -> None:
         """Tell the others why this process ends; returns when it has been told."""
+        self._leaving = True
         self._line.send({"op": "failed", "why": why, "code": code})
         self._done.wait(5 * TICK)
         if self.me.process == 0:
@@ -264,7 +280,6 @@ class Connection:
 
     def bye(self) -> None:
         """This process is done; returns when all of them are."""
-        self._ended = True
         self._line.send({"op": "bye"})
         self._done.wait()
 
@@ -282,10 +297,12 @@ class Connection:
                 self._gate.release()
             elif op == "done":
                 self._done.set()
+                self._line.close()
                 return
             elif op == "lost":
-                if message["process"] == self.me.process:
+                if message["process"] == self.me.process and self._leaving:
                     self._done.set()
+                    self._line.close()
                     return
                 self._leave(message["who"], message["code"])
         self._leave(f"{Member(0, self.hosts[0])} died", LOST)
