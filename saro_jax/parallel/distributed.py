@@ -54,9 +54,10 @@ class Stopped(Exception):
 
 
 class Seen:
-    """The signal that asked this process to stop; 0 = none."""
+    """The signal that asked this process to stop, 0 = none, and whether it has been spoken of."""
 
     number = 0
+    told = False
 
 
 _hub: hub.Hub | None = None
@@ -210,7 +211,7 @@ def shared_folder(folder: Path) -> None:
         found = file.read_text()
     except OSError:
         found = "not there"
-    sees = gather(f"see {folder}", "yes" if found == token else "no")
+    sees = gather("sees the folder", "yes" if found == token else "no")
     if writes():
         file.unlink(missing_ok=True)
     blind = [name(i) for i, answer in enumerate(sees) if answer != "yes"]
@@ -253,7 +254,7 @@ def broadcast(array: np.ndarray) -> np.ndarray:
         return array
     from jax.experimental import multihost_utils
 
-    return np.asarray(multihost_utils.broadcast_one_to_all(array))
+    return np.array(multihost_utils.broadcast_one_to_all(array))
 
 
 # ---- how it ends ---------------------------------------------------------------------------------
@@ -267,10 +268,10 @@ def stopping(number: int = 0) -> int:
     """
     if _connection is None:
         return number
-    before = _connection.stop_signal
     if not _connection.stopping(seen.number):
         return 0
-    if not before:
+    if not seen.told:
+        seen.told = True
         print(f"{_connection.stopped_by} got signal {_connection.stop_signal}: all stop")
     return _connection.stop_signal
 
