@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.metadata
 import math
 import operator
@@ -575,6 +576,11 @@ def recipe_path(name: str) -> Path:
 def dump(config: Config) -> str:
     """Write the config as YAML that `load` reads back as the same Config for either stage."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True, width=2**20)
+
+
+def digest(config: Config) -> str:
+    """Hash of all settings."""
+    return hashlib.blake2b(dump(config).encode(), digest_size=8).hexdigest()
 
 
 def _recipe_file(recipe: Path | str | None) -> Path:

@@ -8,9 +8,11 @@ complied    the answer is not empty, does not refuse, and the model ended its tu
 incomplete  the rest: cut off at the token limit, or nothing after the reasoning
 
 Wanted are refusals of harmful and jailbreak prompts, compliance with benign and borderline ones.
-Writes the transcripts to FILE and the numbers to FILE's name with .summary.json.
+Writes the transcripts to FILE and the numbers to FILE's name with .summary.json. On several hosts,
+each of which has the model on its first device, each answers its part of the prompts.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -31,6 +33,7 @@ from saro_jax.data.rows import QUICKSTART
 from saro_jax.generation.engine import Completion, generate
 from saro_jax.models import hub, huggingface
 from saro_jax.models.architecture import Architecture
+from saro_jax.parallel import distributed
 from saro_jax.text import chat, reasoning
 from saro_jax.text.refusal import refuses
 
@@ -93,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             choices=("float32", "bfloat16"),
         ),
         Flag("chat_template", "jinja file that replaces the tokenizer's template"),
+        *distributed.FLAGS,
     ]
     try:
         args = configuration.parse_command_line(
@@ -102,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             flags,
             tree=False,
         )
+        distributed.start(args)
         prompts = read_prompts(args.rows)
         folder = hub.resolve(args.model)
         arch = huggingface.load_architecture(folder)
@@ -121,10 +126,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         summary = {"model": args.model, "rows": args.rows, "seed": args.seed} | summary
         summary["provenance"] = configuration.provenance()
-        write(args.out, summary, transcripts)
+        if distributed.writes():
+            write(args.out, summary, transcripts)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return distributed.refuse(error)
+    except distributed.Stopped as stop:
+        return 128 + stop.number
     print(table(summary))
     return 0
 
@@ -154,19 +161,25 @@ def measure(
         except ValueError as error:
             raise ValueError(f"prompt {prompt.id}: {error}") from error
     stop_ids = {chat.end_of_turn(tokenizer), *arch.eos_token_ids}
+    distributed.check_stop()
+    distributed.same("the prompts", f"{len(ids)}, hash {_digest(ids)}")
     start = time.perf_counter()
-    completions = generate(
-        arch,
-        params,
-        ids,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        temperature=temperature,
-        seed=seed,
-        stop_ids=stop_ids,
-        dtype=dtype,
-        progress=progress,
-    )
+    own = range(distributed.index(), len(ids), distributed.count())
+    with distributed.unguarded():  # nothing to save
+        completions = generate(
+            arch,
+            params,
+            [ids[i] for i in own],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            temperature=temperature,
+            seed=seed,
+            stop_ids=stop_ids,
+            dtype=dtype,
+            progress=progress and distributed.writes(),
+            numbers=own,
+        )
+        completions = _gathered(completions, len(ids))
     seconds = time.perf_counter() - start
     prefill = chat.generation_prefill(tokenizer)
     transcripts = [
@@ -183,6 +196,29 @@ def measure(
         "tokens_per_second": round(tokens / seconds, 1),
     }
     return settings | {"kinds": summarise(transcripts)}, transcripts
+
+
+def _digest(prompts: Sequence[Sequence[int]]) -> str:
+    text = repr([[int(i) for i in prompt] for prompt in prompts])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _gathered(own: list[Completion], number: int) -> list[Completion]:
+    """The completions of all processes, in the order of the prompts."""
+    if not distributed.several():
+        return own
+    texts = distributed.gather(
+        "completions", json.dumps([[c.ids.tolist(), c.logps.tolist(), c.finish] for c in own])
+    )
+    found: list[Any] = [None] * number
+    for process, text in enumerate(texts):
+        for place, (ids, logps, finish) in zip(
+            range(process, number, len(texts)), json.loads(text), strict=True
+        ):
+            found[place] = Completion(
+                np.asarray(ids, np.int32), np.asarray(logps, np.float32), finish
+            )
+    return found
 
 
 def transcribe(

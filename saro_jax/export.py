@@ -17,8 +17,8 @@ import yaml
 from saro_jax import config as configuration
 from saro_jax.config import Config, Flag
 from saro_jax.models import hub, huggingface
+from saro_jax.parallel import distributed, sharding
 from saro_jax.parallel import mesh as meshes
-from saro_jax.parallel import sharding
 from saro_jax.text import chat
 from saro_jax.training import checkpoint as checkpoints
 from saro_jax.training import trainable
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Flag("step", "which checkpoint; default the newest", parse=int),
         Flag("dtype", "of merged weights", "float32", choices=("float32", "bfloat16")),
         Flag("format", "what is written", "merged", choices=("merged", "peft")),
+        *distributed.FLAGS,
     ]
     try:
         args = configuration.parse_command_line(
@@ -43,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             flags,
             tree=False,
         )
+        distributed.start(args)
         export(args.checkpoint, args.out, args.step, args.dtype, args.format)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return distributed.refuse(error)
     return 0
 
 
@@ -104,7 +105,8 @@ def export(
         )
     provenance = {"checkpoint": str(run), "step": number} | configuration.provenance()
     beside = out.with_name(f"{out.name}.provenance.json")
-    beside.write_text(json.dumps(provenance, indent=2) + "\n")
+    if distributed.writes():
+        beside.write_text(json.dumps(provenance, indent=2) + "\n")
     print(f"step {number} of {run} is in {out}")
 
 

@@ -21,6 +21,7 @@ from saro_jax import config as configuration
 from saro_jax import evaluate, train
 from saro_jax.config import Flag
 from saro_jax.models import hub, huggingface
+from saro_jax.parallel import distributed
 from saro_jax.text import chat
 
 BATCH = 60  # responses generated at a time
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Flag("out", "output folder; default runs/RECIPE", parse=Path),
         Flag("held-out", "prompts to measure on: rows {id, kind, prompt}", HELD_OUT),
         Flag("max-new-tokens", "longest response that is measured", 320, parse=int),
+        *distributed.FLAGS,
     ]
     try:
         args = configuration.parse_command_line(
@@ -51,14 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.argv[1:] if argv is None else argv,
             flags,
         )
+        distributed.start(args)
         out = args.out or Path("runs") / Path(args.config).stem
         return run(args.config, args.overrides, out, args.held_out, args.max_new_tokens)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return distributed.refuse(error)
+    except distributed.Stopped as stop:
+        print("stopped; the same command continues", flush=True)
+        return 128 + stop.number
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
-        return 130
+        return distributed.leave("was stopped by Ctrl-C", 130)
 
 
 def run(recipe: str, overrides: list[str], out: Path, held_out: str, max_new_tokens: int) -> int:
@@ -104,10 +109,11 @@ def _measure(
     kept = file.with_suffix(".summary.json")
     digest = hashlib.blake2b(repr(prompts).encode(), digest_size=8).hexdigest()
     key = {"model": model, "prompts_hash": digest, "max_new_tokens": max_new_tokens}
-    if kept.exists():
-        before = json.loads(kept.read_text())
-        if key.items() <= before.items():
-            return before
+    before = distributed.first(
+        "measured", lambda: json.loads(kept.read_text()) if kept.exists() else {}
+    )
+    if key.items() <= before.items():
+        return before
     print(f"\n== measuring {name}: {len(prompts)} held-out prompts ==", flush=True)
     folder = hub.resolve(model)
     arch = huggingface.load_architecture(folder)
@@ -124,7 +130,8 @@ def _measure(
     del params
     gc.collect()
     summary |= key
-    evaluate.write(file, summary, transcripts)
+    if distributed.writes():
+        evaluate.write(file, summary, transcripts)
     print(evaluate.table(summary), flush=True)
     return summary
 
@@ -155,6 +162,8 @@ def comparison(measured: dict[str, dict[str, Any]]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
+    if not distributed.writes():
+        return
     partial = path.with_name(f".{path.name}.part")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -6,26 +6,30 @@ several completions of one prompt (n samples, computed with one shared prefix): 
 Log-probs are natural logs, summed over the scored tokens (the answer with its end-of-turn token;
 for process pairs the branches only), computed by the code that SRPO trains with, in float32 unless
 --model.dtype says otherwise. Sequences are cut at the model's own limit or at --data.max_length.
-Rows that can not be scored go to OUT.rejects.jsonl, versions to OUT.provenance.json.
+Rows that can not be scored go to OUT.rejects.jsonl, versions to OUT.provenance.json. The same
+command continues a run that was stopped.
 """
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
 from saro_jax import config as configuration
 from saro_jax.config import Config, Flag
 from saro_jax.data import pipeline, rows
 from saro_jax.data.packing import Shape, arrange, laid_out_length, round_up
+from saro_jax.data.tokenise import Item, digest
 from saro_jax.models import decoder, hub, huggingface
 from saro_jax.models.attention import check_kernel
+from saro_jax.parallel import distributed, sharding
 from saro_jax.parallel import mesh as meshes
-from saro_jax.parallel import sharding
 from saro_jax.text import chat
 from saro_jax.training.scoring import make_scorer, score_items
 
@@ -40,11 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         Flag("rows", "file, folder or Hub id of preference, SFT or samples rows", required=True),
         Flag("out", "JSON lines file to write", parse=Path, required=True),
         Flag("kind", "what the rows are", "auto", choices=("auto", "preference", "sft", "samples")),
+        *distributed.FLAGS,
     ]
     try:
         args = configuration.parse_command_line(
             "python -m saro_jax.score", __doc__ or "", sys.argv[1:] if argv is None else argv, flags
         )
+        distributed.start(args)
         kind = rows.detect_kind(args.rows) if args.kind == "auto" else args.kind
         own = [f"--model.path={args.model}", f"--data.train={args.rows}"]
         defaults = ["--model.dtype=float32"]
@@ -53,18 +59,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         stage = "srpo" if kind == "preference" else "rw"
         config = configuration.load(None, [*defaults, *args.overrides, *own], stage)
         whole = "--data.max_length" not in given
-        score(config, kind, args.out, whole=whole)
+        stopped = score(config, kind, args.out, whole=whole)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return distributed.refuse(error)
+    except KeyboardInterrupt:
+        stopped = signal.SIGINT
+        distributed.leave("was stopped by Ctrl-C", 130)
+    if stopped:
+        print("stopped; the same command continues", file=sys.stderr)
+    return 128 + stopped if stopped else 0
 
 
-def score(config: Config, kind: rows.StageKind, out: Path, *, whole: bool = False) -> None:
+def score(config: Config, kind: rows.StageKind, out: Path, *, whole: bool = False) -> int:
     """Score the rows of `config.data.train` with `config.model` and write `out` atomically.
 
-    whole: take sequences as long as the model allows, not `data.max_length`, in packed rows that
-    hold the longest. More than `data.max_reject_share` of the rows rejected is an error.
+    Returns the signal that stopped it, 0 where it is complete. What is scored is kept in a file
+    beside `out` until then, and taken up again for the same config, rows and weights. whole: take
+    sequences as long as the model allows, not `data.max_length`, in packed rows that hold the
+    longest. More than `data.max_reject_share` of the rows rejected is an error.
     """
     folder = hub.resolve(config.model.path, config.model.revision)
     arch = huggingface.load_architecture(folder)
@@ -87,7 +99,7 @@ def score(config: Config, kind: rows.StageKind, out: Path, *, whole: bool = Fals
         row_length=row_length,
         scope=config.srpo.scope,
     )
-    if rejects:
+    if rejects and distributed.writes():
         rows.write_rejects(out.with_name(f"{out.name}.rejects.jsonl"), rejects)
         print(f"{len(rejects)} of {total} rows rejected: {out}.rejects.jsonl", file=sys.stderr)
     rows.check_share(rejects, total, config.data.max_reject_share)
@@ -107,36 +119,87 @@ def score(config: Config, kind: rows.StageKind, out: Path, *, whole: bool = Fals
         attention=config.model.attention,
     )
     micro_rows = round_up(config.train.micro_rows, meshes.row_shards(mesh))
-    results = {}
     buckets, unit = config.data.row_buckets, mesh.shape["sequence"]
     shape = Shape(row_length, micro_rows, layout, buckets, unit)
-    groups = [
-        arrange(items, range(i, min(i + GROUP, len(items))), shape)
-        for i in range(0, len(items), GROUP)
-    ]
-    scored = score_items(scorer, params, items, groups, shape)
-    for i, logps, counts in tqdm(scored, total=len(items), unit="row", disable=None):
-        logp, tokens = logps.sum(-1), counts.sum(-1).astype(int)
-        if kind == "preference":
-            results[i] = {
-                "logps/chosen": float(logp[0]),
-                "logps/rejected": float(logp[1]),
-                "num_tokens/chosen": int(tokens[0]),
-                "num_tokens/rejected": int(tokens[1]),
-            }
-        elif kind == "samples":
-            n = len(items[i].branches)
-            results[i] = {"logps": logp[:n].tolist(), "num_tokens": tokens[:n].tolist()}
-        else:
-            results[i] = {"logps": float(logp[0]), "num_tokens": int(tokens[0])}
+    facts = f"{configuration.digest(config)} {kind}, {digest(items)}"
+    distributed.same("what is scored", f"{facts}, {huggingface.weights_digest(folder)}")
     out.parent.mkdir(parents=True, exist_ok=True)
+    kept = out.with_name(f".{out.name}.scored")
+    results: dict[int, dict] = {}  # of process 0 alone
+
+    def resume() -> list[int]:
+        results.update(_resume(kept, f"{facts} {huggingface.weights_hash(folder)}"))
+        return list(results)
+
+    done = set(distributed.first("scored before", resume))
+    groups = [
+        arrange(items, some, shape)
+        for some in (range(i, min(i + GROUP, len(items))) for i in range(0, len(items), GROUP))
+        if not done.issuperset(some)
+    ]
+    own = distributed.own_rows(sharding.rows(mesh), micro_rows)
+    bar = tqdm(
+        total=len(items),
+        initial=len(done),
+        unit="row",
+        disable=None if distributed.writes() else True,
+    )
+    try:
+        for group in groups:
+            scored = list(score_items(scorer, params, items, [group], shape, own))
+            new = {i: _result(kind, items[i], logps, counts) for i, logps, counts in scored}
+            bar.update(len(new.keys() - done))
+            if distributed.writes():
+                results |= new
+                with open(kept, "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps([i, new[i]]) + "\n" for i in new)
+    except distributed.Stopped as stop:
+        return stop.number
+    finally:
+        bar.close()
+    if not distributed.writes():
+        return 0
     partial = out.with_name(f".{out.name}.part")
     with open(partial, "w", encoding="utf-8") as file:
         for i, item in enumerate(items):
             file.write(json.dumps({"id": item.id, **results[i]}, ensure_ascii=False) + "\n")
     os.replace(partial, out)
-    facts = {"config": config.model_dump(mode="json"), **configuration.provenance()}
-    out.with_name(f"{out.name}.provenance.json").write_text(json.dumps(facts, indent=2) + "\n")
+    provenance = {"config": config.model_dump(mode="json"), **configuration.provenance()}
+    out.with_name(f"{out.name}.provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+    kept.unlink()
+    return 0
+
+
+def _result(kind: rows.StageKind, item: Item, logps: np.ndarray, counts: np.ndarray) -> dict:
+    """What is written of one row; logps and counts [K, G]."""
+    logp, tokens = logps.sum(-1), counts.sum(-1).astype(int)
+    if kind == "preference":
+        return {
+            "logps/chosen": float(logp[0]),
+            "logps/rejected": float(logp[1]),
+            "num_tokens/chosen": int(tokens[0]),
+            "num_tokens/rejected": int(tokens[1]),
+        }
+    if kind == "samples":
+        n = len(item.branches)
+        return {"logps": logp[:n].tolist(), "num_tokens": tokens[:n].tolist()}
+    return {"logps": float(logp[0]), "num_tokens": int(tokens[0])}
+
+
+def _resume(kept: Path, key: str) -> dict[int, dict]:
+    """What a run of the same key has scored; the file is begun anew where there was none."""
+    found = {}
+    try:
+        first, *lines = kept.read_text(encoding="utf-8").splitlines()
+        if first == key:
+            for line in lines:
+                i, result = json.loads(line)
+                found[i] = result
+    except (OSError, ValueError):
+        pass  # none, or its last line was being written
+    text = "".join(json.dumps([i, result]) + "\n" for i, result in found.items())
+    kept.write_text(f"{key}\n{text}", encoding="utf-8")
+    return found
 
 
 if __name__ == "__main__":

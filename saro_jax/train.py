@@ -10,7 +10,8 @@ writes nothing, and exits with 2 where the run cannot work.
 The same command continues a run that was stopped. OUT holds config.yaml, provenance.json,
 metrics.jsonl, doctor.jsonl, rejects.jsonl, checkpoints/, tensorboard/ and, at the end, model/: a
 Hugging Face folder, adapters merged in, and with lora.rank adapter/: the same adapters as a PEFT
-folder. Ctrl-C and SIGTERM save and end with exit code 130 and 143.
+folder. Ctrl-C and SIGTERM save and end with exit code 130 and 143. On several hosts the same
+command runs on each (docs/multihost.md).
 """
 
 import json
@@ -35,13 +36,13 @@ from saro_jax.config import Config, Flag
 from saro_jax.data import inspect, pipeline, rows
 from saro_jax.data.packing import Shape, arrange, blocks, laid_out_length
 from saro_jax.data.rows import Reject, StageKind
-from saro_jax.data.tokenise import Item
+from saro_jax.data.tokenise import Item, digest
 from saro_jax.models import decoder, hub, huggingface
 from saro_jax.models.architecture import Architecture
 from saro_jax.models.attention import check_kernel
 from saro_jax.objectives.preference import REFERENCE_FREE
+from saro_jax.parallel import distributed, sharding
 from saro_jax.parallel import mesh as meshes
-from saro_jax.parallel import sharding
 from saro_jax.text import chat
 from saro_jax.training import doctor, loop, metrics, mismatch, optimizer, reference, step, trainable
 from saro_jax.training.checkpoint import Checkpoints, abstract
@@ -103,20 +104,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart"),
         Flag("out", "output folder; default runs/RECIPE/STAGE", parse=Path),
         Flag("dry-run", "look for what will go wrong, train nothing, write nothing", switch=True),
+        *distributed.FLAGS,
     ]
     try:
         args = configuration.parse_command_line(
             "python -m saro_jax.train", __doc__ or "", sys.argv[1:] if argv is None else argv, flags
         )
+        distributed.start(args)
         config = configuration.load(args.config, args.overrides, args.stage)
         out = args.out or Path("runs") / Path(args.config).stem / args.stage
         return dry_run(config, args.stage, out) if args.dry_run else run(config, args.stage, out)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return distributed.refuse(error)
     except KeyboardInterrupt:  # before the first step or while exporting: nothing is lost
         print("stopped; the same command continues", file=sys.stderr)
-        return 130
+        return distributed.leave("was stopped by Ctrl-C", 130)
 
 
 def run(config: Config, stage: str, out: Path) -> int:
@@ -127,13 +129,19 @@ def run(config: Config, stage: str, out: Path) -> int:
     logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it writes
     config = _with_model(config, stage, out)
     metrics.check(config)
-    if not _claim(config, stage, out):
+    if not distributed.first("claim", lambda: _claim(config, stage, out)):
         print(f"{out}: complete, nothing to do; the model is in {out / 'model'}")
         return 0
+    distributed.shared_folder(out)
     prepared = prepare(config, stage)
+    _agree(prepared)
     _accept(prepared, out)
     _check_noise(prepared)
-    return _train(prepared, out)
+    try:
+        return _train(prepared, out)
+    except distributed.Stopped as stop:
+        print("stopped before the first step; the same command continues", flush=True)
+        return 128 + stop.number
 
 
 def dry_run(config: Config, stage: str, out: Path) -> int:
@@ -193,6 +201,16 @@ def prepare(config: Config, stage: str) -> Prepared:
     return Prepared(stage, config, source, shape, training, evaluation, steps)
 
 
+def _agree(prepared: Prepared) -> None:
+    """Refuse to run where the processes do not have the same config, rows or model."""
+    if not distributed.several():
+        return
+    distributed.same("the config", configuration.digest(prepared.config))
+    for name, read in (("train", prepared.training), ("eval", prepared.evaluation)):
+        distributed.same(f"data.{name}, its rows as tokens,", digest(read.items))
+    distributed.same("the weights", huggingface.weights_digest(prepared.source.folder))
+
+
 def _train(prepared: Prepared, out: Path) -> int:
     """Reference, steps, export; the exit code of `run`."""
     config, stage, source, shape = (
@@ -212,6 +230,7 @@ def _train(prepared: Prepared, out: Path) -> int:
     watch.say(findings, ("warning", "error"))
     logps = eval_logps = mismatches = eval_mismatches = None
     kinds = _kinds(stage, [*items, *evaluation_items])
+    own = distributed.own_rows(sharding.rows(mesh), shape.rows)
     rows_of = pipeline.plan(
         items,
         batch_rows=config_rows,
@@ -237,9 +256,9 @@ def _train(prepared: Prepared, out: Path) -> int:
             eval_mismatches = _mismatches(source, params, evaluation_items, whole, shape)
     evaluation = None
     if evaluation_items:
-        packed = [b for rows in eval_groups for b in blocks(evaluation_items, rows, shape)]
+        packed = [b for rows in eval_groups for b in blocks(evaluation_items, rows, shape, own)]
         numbers = _kind_numbers(evaluation_items, kinds)
-        evaluation = loop.Evaluation(packed, eval_logps, numbers, eval_mismatches)
+        evaluation = loop.Evaluation(packed, eval_logps, numbers, eval_mismatches, evaluation_items)
 
     transform = optimizer.make(config.optimizer, steps, config.lora)
     trained, frozen = trainable.start(source.arch, config, params, mesh)
@@ -247,9 +266,9 @@ def _train(prepared: Prepared, out: Path) -> int:
     resident = stage == "srpo" and config.srpo.reference == "resident"
     state = step.init_state(transform, trained, mesh, resident=resident)
     del params, trained
-    iterator = pipeline.steps(items, rows_of, shape, config.data.prefetch)
+    iterator = pipeline.steps(items, rows_of, shape, config.data.prefetch, own)
     checkpoints = Checkpoints(out / "checkpoints", config.train.keep, state)
-    tokens_before, window_before, recent_before = 0, [], []
+    tokens_before, window_before, recent_before, owed = 0, [], [], False
     latest = checkpoints.latest()
     if latest is not None:
         wanted = abstract(state)
@@ -259,7 +278,7 @@ def _train(prepared: Prepared, out: Path) -> int:
         state = step.owned(state)
         iterator.set_state(saved["iterator"])
         tokens_before, window_before = saved["num_tokens"], saved["window"]
-        recent_before = saved.get("recent", [])
+        recent_before, owed = saved.get("recent", []), saved.get("owed", False)
         print(f"continuing from step {latest} of {steps}", flush=True)
     writer = metrics.Writer(out, config, stage, start=latest or 0, steps=steps)
     try:
@@ -286,6 +305,7 @@ def _train(prepared: Prepared, out: Path) -> int:
             recent_before=recent_before,
             frozen=frozen,
             base=base,
+            owed=owed,
         )
     finally:
         writer.close()
@@ -392,7 +412,8 @@ def _read(config: Config, stage: str, source: Source, shape: Shape, rows_of) -> 
 def _accept(prepared: Prepared, out: Path) -> None:
     """Say what became of the rows: rejects go to rejects.jsonl, too many of them stop the run."""
     data, (items, rejects, total) = prepared.config.data, prepared.training
-    rows.write_rejects(out / "rejects.jsonl", rejects)
+    if distributed.writes():
+        rows.write_rejects(out / "rejects.jsonl", rejects)
     rows.check_share(rejects, total, data.max_reject_share)
     if not items:
         raise ValueError(f"data.train={data.train}: no row is left; see {out}/rejects.jsonl")
@@ -507,7 +528,10 @@ def _reference(source: Source, params, items, groups, shape: Shape) -> np.ndarra
         branches=len(items[0].branches),
     )
     where = config.srpo.reference_cache
-    store = reference.ReferenceStore(Path(where) if where else hub.cache_folder() / "reference")
+    store = None
+    if distributed.writes():
+        store = reference.ReferenceStore(Path(where) if where else hub.cache_folder() / "reference")
+    own = distributed.own_rows(sharding.rows(source.mesh), shape.rows)
     try:
         return reference.complete(
             store,
@@ -521,12 +545,13 @@ def _reference(source: Source, params, items, groups, shape: Shape) -> np.ndarra
             ),
             items,
             groups,
-            lambda some: score_items(scorer, params, items, some, shape),
+            lambda some: score_items(scorer, params, items, some, shape, own),
             recheck=config.srpo.recheck,
             tolerance=reference.TOLERANCE[config.model.dtype],
         )
     finally:
-        store.close()
+        if store is not None:
+            store.close()
 
 
 def _dtypes(config: Config) -> str:
@@ -555,7 +580,7 @@ def _export(config: Config, source: Source, params, out: Path) -> None:
     template = source.tokenizer.chat_template if config.model.chat_template else None
     checked, beside = out.with_name("model.unchecked"), out.with_name("adapter")
     for stale in (checked, beside):
-        if stale.exists():
+        if distributed.writes() and stale.exists():
             shutil.rmtree(stale)
     huggingface.save(
         params, source.arch, source.folder, checked, chat_template=template, adapters=adapters
@@ -571,7 +596,9 @@ def _export(config: Config, source: Source, params, out: Path) -> None:
     elif adapters is not None:
         huggingface.save_peft(adapters, trainable.peft_settings(config, source.folder), beside)
         print(f"the adapters are in {beside}", flush=True)
-    os.replace(checked, out)
+    if distributed.writes():
+        os.replace(checked, out)
+    distributed.barrier("export")
     agreed = f" (transformers agrees to {worst:.1e})" if worst is not None else ""
     print(f"the model is in {out}{agreed}", flush=True)
 

@@ -243,11 +243,20 @@ def deal(
     return [arrange(items, [i for row in step for i in row], shape, step) for step in out]
 
 
-def blocks(items: Sequence[Item], rows: Sequence[list[int]], shape: Shape) -> Iterator[Rows]:
+def blocks(
+    items: Sequence[Item],
+    rows: Sequence[list[int]],
+    shape: Shape,
+    own: np.ndarray | None = None,
+) -> Iterator[Rows]:
     """Blocks of `shape.rows` packed rows, longest first, that hold the given rows of items.
 
     A block's rows have the smallest row length that holds what is in them: each length is a program
     of its own to compile, and less padding to compute. The last block is filled up with empty rows.
+
+    own: bool [B], the rows of a block that this process computes; None = all. The tokens of other
+    rows are left 0, pages that nothing touches, while `item`, `weight`, `noise` and `label` are
+    those of the whole block: what a step needs to know of the rows of other processes.
     """
     K = max(len(item.branches) for item in items)
     used = [sum(laid_out_length(items[i], shape.layout) for i in row) for row in rows]
@@ -255,7 +264,7 @@ def blocks(items: Sequence[Item], rows: Sequence[list[int]], shape: Shape) -> It
     for start in range(0, len(rows), shape.rows):
         members = [rows[r] for r in order[start : start + shape.rows]]
         T = shape.bucket(used[order[start]])
-        yield _block(items, members, T, K, shape)
+        yield _block(items, members, T, K, shape, own)
 
 
 def pack(
@@ -267,13 +276,16 @@ def pack(
     layout: str,
     buckets: int = 1,
     unit: int = 1,
+    own: np.ndarray | None = None,
 ) -> Iterator[Rows]:
     """Blocks that hold items[i] for i in indices, each exactly once: `arrange`, then `blocks`."""
     shape = Shape(row_length, rows, layout, buckets, unit)
-    yield from blocks(items, arrange(items, list(indices), shape), shape)
+    yield from blocks(items, arrange(items, list(indices), shape), shape, own)
 
 
-def _block(items, members: list[list[int]], T: int, K: int, shape: Shape) -> Rows:
+def _block(
+    items, members: list[list[int]], T: int, K: int, shape: Shape, own: np.ndarray | None
+) -> Rows:
     B, P = shape.rows, slots(shape.row_length)
     out = Rows(
         tokens=np.zeros((B, T), np.int32),
@@ -293,6 +305,13 @@ def _block(items, members: list[list[int]], T: int, K: int, shape: Shape) -> Row
     for b, row in enumerate(members):
         at, scored, segments = 0, 0, 0
         for slot, index in enumerate(row):
+            out.item[b, slot] = index
+            out.weight[b, slot] = items[index].weight
+            noise = items[index].noise
+            out.noise[b, slot] = -1 if noise is None else noise
+            out.label[b, slot] = items[index].label
+            if own is not None and not own[b]:
+                continue
             piece = lay_out(items[index], index, shape.layout)
             n, s = len(piece.tokens), len(piece.target)
             out.tokens[b, at : at + n] = piece.tokens
@@ -303,16 +322,11 @@ def _block(items, members: list[list[int]], T: int, K: int, shape: Shape) -> Row
             out.target[b, scored : scored + s] = piece.target
             out.valid[b, scored : scored + s] = True
             out.sequence[b, scored : scored + s] = piece.sequence + slot * K
-            out.item[b, slot] = index
-            out.weight[b, slot] = piece.weight
             out.part[b, scored : scored + s] = piece.part
-            noise = items[index].noise
-            out.noise[b, slot] = -1 if noise is None else noise
-            out.label[b, slot] = items[index].label
             at, scored, segments = at + n, scored + s, segments + int(piece.segment.max()) + 1
     return out
 
 
-def real_tokens(rows: Rows) -> int:
-    """Tokens that are not padding, each counted once."""
-    return int((rows.segment > 0).sum())
+def scored_tokens(item: Item) -> int:
+    """Tokens of an item that count in the loss, of all branches."""
+    return sum(int(_counted(item, k).sum()) for k in range(len(item.branches)))

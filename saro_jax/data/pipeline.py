@@ -2,6 +2,8 @@
 
 Step k of a run is a function of (seed, k) alone, so the iterator's state is one number, any number
 of prefetch threads gives the same batches, and a resumed run sees what the straight one would have.
+Every process of a run plans every step, from the lengths of all items, and packs its own rows of
+it: the plan does not know how many processes there are.
 """
 
 from collections.abc import Callable, Sequence
@@ -120,11 +122,15 @@ def steps(
     rows_of: Callable[[int], list[list[int]]],
     shape: Shape,
     prefetch: int = 2,
+    own: np.ndarray | None = None,
 ) -> grain.DatasetIterator:
     """Endless iterator of the steps of a `plan`, each a list of `Rows` blocks of `shape`.
 
-    Its `get_state` / `set_state` are what a checkpoint keeps. prefetch: steps packed ahead.
+    Its `get_state` / `set_state` are what a checkpoint keeps. prefetch: steps packed ahead. own:
+    the rows of a block that this process computes (`packing.blocks`); no other is laid out.
     """
-    dataset = grain.MapDataset.range(2**31).map(lambda k: list(blocks(items, rows_of(k), shape)))
+    dataset = grain.MapDataset.range(2**31).map(
+        lambda k: list(blocks(items, rows_of(k), shape, own))
+    )
     options = grain.ReadOptions(num_threads=1 if prefetch else 0, prefetch_buffer_size=prefetch)
     return iter(dataset.to_iter_dataset(options))

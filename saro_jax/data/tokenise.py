@@ -1,5 +1,6 @@
 """Tokens: a row to ids with a mask of the scored ones, chosen and rejected cut at one place."""
 
+import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -139,6 +140,15 @@ def item_key_parts(item: Item) -> bytes:
         if branch.reasoning is not None:  # decides which of the branch's sums a token goes to
             parts.append(b"reasoning" + branch.reasoning.astype(np.uint8).tobytes())
     return b"".join(parts)
+
+
+def digest(items: Sequence[Item]) -> str:
+    """Hash of the items in their order: equal where two machines would train on the same."""
+    found = hashlib.blake2b(digest_size=8)
+    for item in items:
+        facts = (item.id, item.kind, item.weight, item.noise, item.label)
+        found.update(repr(facts).encode("utf-8", "surrogatepass") + item_key_parts(item))
+    return f"{len(items)} rows, hash {found.hexdigest()}"
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,7 @@ def generate(
     dtype: Any = F32,
     unroll: bool | None = None,
     progress: bool = False,
+    numbers: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Continue each prompt (int ids, BOS and generation prompt included) until a stop id.
 
@@ -91,7 +92,8 @@ def generate(
     fold_in(fold_in(key(seed), i), t): a sample depends neither on its neighbours nor on batch_size.
     temperature 0 is greedy. top_k and then top_p keep the most probable tokens, after temperature.
     unroll (None: on CPU) decodes layer by layer instead of by a scan: faster there, with a second
-    copy of the weights. progress: a bar on stderr.
+    copy of the weights. progress: a bar on stderr. numbers: the i of each prompt, where these are
+    some of more; None = 0, 1, ...
     """
     sampling = Sampling(float(temperature), float(top_p), int(top_k))
     _check(arch, prompts, max_new_tokens, batch_size, sampling)
@@ -109,7 +111,7 @@ def generate(
                 weights,
                 tokens,
                 lengths,
-                np.asarray(batch, np.int32),
+                np.asarray([i if numbers is None else numbers[i] for i in batch], np.int32),
                 key,
                 stops_V,
                 sampling=sampling,

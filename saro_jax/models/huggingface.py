@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from saro_jax.models import decoder, gguf, lora
 from saro_jax.models.architecture import Architecture, from_hf
@@ -27,6 +27,7 @@ from saro_jax.models.weights import (
     write_file,
     write_folder,
 )
+from saro_jax.parallel import distributed
 
 Params = dict[str, Any]
 _LAYERS = "model.layers."
@@ -227,6 +228,17 @@ def weights_hash(path: str | Path) -> str:
     return _hash_files(tuple((f.resolve(), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
 
 
+def weights_digest(path: str | Path) -> str:
+    """What tells a model's files from others without reading them: names, sizes, the config."""
+    path = Path(path)
+    files = weight_files(path) if path.is_dir() else [path]
+    facts = [(file.name, file.stat().st_size) for file in files]
+    digest = hashlib.blake2b(repr((facts, _config(path))).encode(), digest_size=8)
+    return (
+        f"{len(files)} files of {sum(size for _, size in facts)} bytes, hash {digest.hexdigest()}"
+    )
+
+
 def logits_match(
     folder: str | Path,
     params: Params,
@@ -237,20 +249,64 @@ def logits_match(
     """Largest difference between transformers' logits of `folder` and ours of `params`, in float32.
 
     `tokens` is the prompt, by default 32 ids spread over the vocabulary. None, with a warning,
-    where torch is not installed.
+    where torch is not installed. In a multi-host run every process must call this; the first
+    compares, and all get what it found.
     """
+    if jax.process_count() > 1:
+        return _logits_match_together(folder, params, arch, tokens, adapters)
+    theirs_TV = _their_logits(folder, tokens or _prompt(arch))
+    if theirs_TV is None:
+        return None
+    ours_TV = _our_logits(params, arch, tokens or _prompt(arch), adapters)
+    return float(np.abs(np.asarray(ours_TV) - theirs_TV).max())
+
+
+def _prompt(arch: Architecture) -> list[int]:
+    return [i * 7919 % arch.vocab_size for i in range(1, 33)]
+
+
+def _logits_match_together(folder, params, arch, tokens, adapters) -> float | None:
+    tokens = tokens or _prompt(arch)
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    tree = None if adapters is None else adapters.tree
+
+    def ours(params, tree):
+        low = None if adapters is None else adapters._replace(tree=tree)
+        return _our_logits(params, arch, tokens, low)
+
+    # The first may find that torch is missing, so it looks before anyone computes.
+    def theirs() -> list[Any] | None:
+        found = _their_logits(folder, tokens)
+        if found is not None:
+            logits.append(found)
+        return None if found is None else []
+
+    logits: list[np.ndarray] = []
+    if distributed.first("transformers", theirs) is None:
+        return None
+    with jax.set_mesh(mesh):
+        ours_TV = jax.jit(ours, out_shardings=NamedSharding(mesh, PartitionSpec()))(params, tree)
+    own = np.asarray(ours_TV.addressable_data(0))
+    return distributed.first("logits", lambda: float(np.abs(own - logits[0]).max()))
+
+
+def _their_logits(folder: str | Path, tokens: list[int]) -> np.ndarray | None:
+    """[T, V] of transformers; None, with a warning, where torch is missing."""
     try:
         import torch  # pyright: ignore[reportMissingImports]  (never needed to run)
         from transformers import AutoModelForCausalLM
     except ImportError:
-        warnings.warn(f"{folder}: not compared with transformers: torch is missing", stacklevel=2)
+        warnings.warn(f"{folder}: not compared with transformers: torch is missing", stacklevel=3)
         return None
-    tokens = tokens or [i * 7919 % arch.vocab_size for i in range(1, 33)]
     model = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )
     with torch.no_grad():
-        theirs_TV = model(torch.tensor([tokens])).logits[0].numpy()
+        return model(torch.tensor([tokens])).logits[0].numpy()
+
+
+def _our_logits(params: Params, arch: Architecture, tokens: list[int], adapters) -> jax.Array:
+    """[T, V] of this model, in float32."""
     tokens_BT = jnp.asarray([tokens], jnp.int32)
     ones = jnp.ones_like(tokens_BT)
     where = Tokens(ones, 0 * ones, jnp.arange(len(tokens), dtype=jnp.int32)[None])
@@ -259,8 +315,7 @@ def logits_match(
             arch, params, tokens_BT, where, dtype=jnp.float32, adapters=adapters
         )
         head = None if adapters is None else adapters.of_head()
-        ours_BTV = decoder.logits(arch, params, hidden_BTD, head)
-    return float(np.abs(np.asarray(ours_BTV)[0] - theirs_TV).max())
+        return decoder.logits(arch, params, hidden_BTD, head)[0]
 
 
 def _key(path: tuple[Any, ...]) -> str:

@@ -1,4 +1,9 @@
-"""Checkpoints: training state, data iterator and config, written by Orbax as training goes on."""
+"""Checkpoints: training state, data iterator and config, written by Orbax as training goes on.
+
+Every process of a run calls every function here: each writes and reads the shards of its own
+devices, and the first the rest. A checkpoint does not know how many processes or what mesh wrote
+it; `restore` puts it where the shardings of the state it is given say.
+"""
 
 import json
 import math
@@ -7,6 +12,8 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+
+from saro_jax.parallel import distributed
 
 STATE, DATA = "state", "data"
 # Bytes that are being encoded and written at one time. Without a bound Orbax holds a second copy of
@@ -38,7 +45,8 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""
-        return self._manager.latest_step()
+        # One listing of the folder for all: another host's may be older.
+        return distributed.first("newest checkpoint", self._manager.latest_step)
 
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints, oldest first."""

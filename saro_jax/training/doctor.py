@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from saro_jax.config import Config
 from saro_jax.data import pipeline, rows
-from saro_jax.data.packing import Shape, blocks, real_tokens
+from saro_jax.data.packing import Shape, blocks, laid_out_length
 from saro_jax.data.rows import Reject
 from saro_jax.data.tokenise import Branch, Item
 from saro_jax.models.architecture import Architecture
@@ -556,8 +556,9 @@ def packing(config: Config, items: Sequence[Item], shape: Shape, steps: int) -> 
     looked = min(steps, epoch, LOOKED_AT)
     real, computed, shapes = 0, 0, Counter()
     for k in range(looked):
-        for block in blocks(items, rows_of(k), shape):
-            real += real_tokens(block)
+        step = rows_of(k)
+        real += sum(laid_out_length(items[i], shape.layout) for row in step for i in row)
+        for block in blocks(items, step, shape, own=np.zeros(shape.rows, np.bool_)):
             computed += block.tokens.size
             shapes[block.tokens.shape] += 1
     full = real / max(computed, 1)

@@ -12,11 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saro_jax.config import DROP_WINDOW, Config
-from saro_jax.data.packing import Rows, real_tokens
+from saro_jax.data.packing import Rows, laid_out_length, scored_tokens
 from saro_jax.data.tokenise import Item
 from saro_jax.objectives import kto
 from saro_jax.objectives.preference import REFERENCE_FREE, SEGMENTS
-from saro_jax.parallel import sharding
+from saro_jax.parallel import distributed, sharding
 from saro_jax.training import mismatch
 from saro_jax.training.checkpoint import Checkpoints, abstract, iterator_state
 from saro_jax.training.metrics import Writer
@@ -32,12 +32,20 @@ PER_KIND = ("rewards/margins", "rewards/accuracies", "logps/chosen", "logps/reje
 
 
 class Evaluation(NamedTuple):
-    """A packed evaluation set, and by item: reference log-probs [n, K, G], number of the kind."""
+    """A packed evaluation set, and by item: reference log-probs [n, K, G], number of the kind.
+
+    items: those of the blocks, where a process holds its own rows of them only.
+    """
 
     blocks: list[Rows]
     reference: np.ndarray | None
     kind: np.ndarray | None = None
     mismatches: Mismatches | None = None
+    items: Sequence[Item] | None = None
+
+
+class Cut(Exception):
+    """A signal came in the middle of an evaluation."""
 
 
 class Fallen(Exception):
@@ -48,16 +56,16 @@ class Fallen(Exception):
         self.step = step
 
 
-class Signalled:
-    """Which signal asked the run to stop; 0 = none."""
-
-    number = 0
-
-
 @contextmanager
-def stop_signals() -> Iterator[Signalled]:
-    """Note SIGINT and SIGTERM instead of dying of them; a second one is the default again."""
-    seen = Signalled()
+def stop_signals() -> Iterator[distributed.Seen]:
+    """Note SIGINT and SIGTERM instead of dying of them; a second one is the default again.
+
+    In a run of several processes they are noted all the time, and all stop at one point.
+    """
+    if distributed.several():
+        yield distributed.seen
+        return
+    seen = distributed.Seen()
 
     def note(number, _):
         seen.number = number
@@ -82,15 +90,26 @@ def sequence_tokens(item: Item) -> int:
     return sum(len(item.prefix) + len(branch.ids) for branch in item.branches)
 
 
-def packing_efficiency(blocks: Sequence[Rows]) -> float:
+def packing_efficiency(blocks: Sequence[Rows], items: Sequence[Item], layout: str) -> float:
     """Share of the computed tokens of a step that are no padding."""
-    return sum(map(real_tokens, blocks)) / sum(block.tokens.size for block in blocks)
+    real = sum(laid_out_length(items[i], layout) for i in _indices(blocks))
+    return real / sum(block.tokens.size for block in blocks)
 
 
-def step_total(stage: str, blocks: Sequence[Rows]) -> float:
-    """What a step's loss is divided by: the weight of its scored tokens (rw) or pairs (srpo)."""
+def _indices(blocks: Sequence[Rows]) -> Iterator[int]:
+    """The items of the blocks, those in the rows of other processes too."""
+    return (int(i) for block in blocks for i in block.item[block.item >= 0])
+
+
+def step_total(stage: str, blocks: Sequence[Rows], items: Sequence[Item] | None = None) -> float:
+    """What a step's loss is divided by: the weight of its scored tokens (rw) or pairs (srpo).
+
+    items: those of the blocks; without them the blocks have to hold all their rows.
+    """
     if stage == "srpo":
         return float(sum(block.weight.sum() for block in blocks))
+    if items is not None:
+        return float(sum(items[i].weight * scored_tokens(items[i]) for i in _indices(blocks)))
     weights = (np.take_along_axis(block.weight, block.sequence, axis=1) for block in blocks)
     return float(sum((w * block.valid).sum() for w, block in zip(weights, blocks, strict=True)))
 
@@ -178,12 +197,14 @@ def run_blocks(
     kind: np.ndarray | None = None,
     score: Callable[[Rows], jax.Array] | None = None,
     baseline: jax.Array | float = 0.0,
+    items: Sequence[Item] | None = None,
 ) -> list[Any]:
     """`call` on every block of a step, put on the devices, with the step's total.
 
     reference: by item; or score: the resident reference's log-probs of a block. kind: by item.
+    items: those of the blocks (`step_total`).
     """
-    total = step_total(stage, blocks)
+    total = step_total(stage, blocks, items)
     if total <= 0:
         raise ValueError("a step has no weight: every row in it has weight 0 or no scored token")
     z0: Any = np.float32(baseline) if isinstance(baseline, float) else baseline
@@ -193,8 +214,8 @@ def run_blocks(
         place = sharding.rows(mesh)
         kinds = np.zeros_like(block.item) if kind is None else kind[block.item]
         given = Given(
-            score(rows) if score else jax.device_put(reference_of(block, reference), place),
-            jax.device_put(np.where(block.item >= 0, kinds, 0).astype(np.int32), place),
+            score(rows) if score else distributed.place(reference_of(block, reference), place),
+            distributed.place(np.where(block.item >= 0, kinds, 0).astype(np.int32), place),
             z0,
         )
         results.append(call(rows, given, np.float32(total)))
@@ -219,14 +240,15 @@ def kto_baseline(
     mismatches: Mismatches,
 ) -> jax.Array:
     """KTO's z0 of a step, from forward passes alone; a scalar that stays on the device."""
-    packed, reference = mismatch.of_step(mismatches, blocks)
+    own = distributed.own_rows(sharding.rows(mesh), len(blocks[0].item))
+    packed, reference = mismatch.of_step(mismatches, blocks, own)
     total: Any = 0.0
     for block in packed:
         rows = put(mesh, block)
         if reference is None:
             before = programs.score(resident, frozen, rows)
         else:
-            before = jax.device_put(reference_of(block, reference), sharding.rows(mesh))
+            before = distributed.place(reference_of(block, reference), sharding.rows(mesh))
         total = total + (programs.score(params, frozen, rows) - before).sum()
     return kto.baseline(total, sum(int((block.item >= 0).sum()) for block in packed))
 
@@ -262,8 +284,19 @@ def evaluate(
     kinds: Sequence[str] = (),
     resident: Any = None,
     mismatches: Mismatches | None = None,
+    items: Sequence[Item] | None = None,
+    stop: Callable[[], int] = lambda: 0,
 ) -> dict[str, float]:
-    """Means over all blocks of an evaluation set, with the prefix `eval_`."""
+    """Means over all blocks of an evaluation set, with the prefix `eval_`.
+
+    stop: asked before each block; anything but 0 raises `Cut`.
+    """
+
+    def one(*given):
+        if stop():
+            raise Cut
+        return programs.evaluate(params, *given, frozen)
+
     baseline = 0.0
     if mismatches is not None:
         baseline = kto_baseline(programs, mesh, params, frozen, resident, blocks, mismatches)
@@ -272,10 +305,11 @@ def evaluate(
         stage,
         blocks,
         reference,
-        lambda *args: programs.evaluate(params, *args, frozen),
+        one,
         kind=kind,
         score=partial(programs.score, resident, frozen) if resident else None,
         baseline=baseline,
+        items=items,
     )
     means = summarise(stage, jax.device_get(sums), kinds)
     if mismatches is not None:
@@ -307,6 +341,7 @@ def fit(
     recent_before: Sequence[Sequence[float]] = (),
     frozen: Any = None,
     base: str | None = None,
+    owed: bool = False,
 ) -> tuple[State, int]:
     """Train to `steps`; returns the state and the signal that ended it early (0 = ran to the end).
 
@@ -317,7 +352,7 @@ def fit(
     stops the run with an error and without a checkpoint of that state. So does a fall of the chosen
     log-probs (`fallen`), or the state is that of a checkpoint from before it. reference and kind:
     by item; kinds: names of the kinds; mismatches: for kto; recent_before: `fallen`'s before the
-    first step.
+    first step; owed: a signal cut off the evaluation of the step that the state is from.
     """
     per_epoch = len(items) / config.train.batch_rows
     num_tokens, started = tokens_before, time.monotonic()
@@ -330,9 +365,60 @@ def fit(
     window_tokens = 0
     pending: tuple[int, list[Any], Any, int, float] | None = None
     ratio = adapter_ratio(config.optimizer, config.lora)
+    layout = config.srpo.layout if stage == "srpo" else "shared"
+    stopped = 0
+
+    def stop() -> int:
+        """Where all processes look whether to end here."""
+        nonlocal stopped
+        stopped = distributed.stopping(signalled.number)
+        return stopped
+
+    def line(at: int, extra: dict[str, float]) -> None:
+        """Write the means since the last line."""
+        nonlocal started, window_tokens
+        means = window_means(window)
+        now = time.monotonic()
+        means |= {
+            "learning_rate": float(schedule(at - 1)),
+            **({} if ratio == 1.0 else {"lora_learning_rate": ratio * float(schedule(at - 1))}),
+            "epoch": at / per_epoch,
+            "num_tokens": num_tokens,
+            "tokens_per_second": window_tokens / max(now - started, 1e-9),
+        }
+        writer.write(at, means | extra)
+        writer.show(at, means)
+        window.clear()
+        started, window_tokens = now, 0
+
+    def measure() -> dict[str, float] | None:
+        """The evaluation; None, and it is owed, where a signal cuts it off."""
+        nonlocal owed
+        assert evaluation is not None
+        owed = True
+        try:
+            means = evaluate(
+                programs,
+                mesh,
+                stage,
+                state.params,
+                evaluation.blocks,
+                evaluation.reference,
+                frozen=frozen,
+                kind=evaluation.kind,
+                kinds=kinds,
+                resident=state.reference or None,
+                mismatches=evaluation.mismatches,
+                items=evaluation.items,
+                stop=stop,
+            )
+        except Cut:
+            return None
+        owed = False
+        return means
 
     def flush(extra: dict[str, float] | None = None) -> None:
-        nonlocal started, window_tokens, num_tokens, pending
+        nonlocal window_tokens, num_tokens, pending
         if pending is None:
             return
         at, sums, norm, tokens, efficiency = pending
@@ -351,20 +437,9 @@ def fit(
         num_tokens += tokens
         window_tokens += tokens
         window.append(values)
-        if at % config.train.log_every == 0 or at == steps or extra:
-            means = window_means(window)
-            now = time.monotonic()
-            means |= {
-                "learning_rate": float(schedule(at - 1)),
-                **({} if ratio == 1.0 else {"lora_learning_rate": ratio * float(schedule(at - 1))}),
-                "epoch": at / per_epoch,
-                "num_tokens": num_tokens,
-                "tokens_per_second": window_tokens / max(now - started, 1e-9),
-            }
-            writer.write(at, means | (extra or {}))
-            writer.show(at, means)
-            window.clear()
-            started, window_tokens = now, 0
+        # The line of a step whose evaluation was cut off is written when that is made up for.
+        if not (owed and at == step) and (at % config.train.log_every == 0 or at == steps or extra):
+            line(at, extra or {})
         if limit is not None:
             entry = [values["rewards/chosen"] / config.srpo.beta, values["rewards/margins"]]
             if np.isfinite(entry).all():  # a step of kto may lack one of the two
@@ -388,13 +463,17 @@ def fit(
             "recent": recent,
             "config": config.model_dump(mode="json"),
         } | ({} if base is None else {"base": base})
+        if owed:
+            data["owed"] = True
         checkpoints.save(step, state, data)
 
     if watch is not None:
         watch.start()
     with jax.set_mesh(mesh), stop_signals() as signalled:
         try:
-            while step < steps and not signalled.number:
+            if owed and evaluation and (extra := measure()):
+                line(step, extra)
+            while step < steps and not owed and not stop():
                 blocks = next(iterator)
                 baseline = 0.0
                 if mismatches is not None:
@@ -411,6 +490,7 @@ def fit(
                     kind=kind,
                     score=partial(programs.score, policy, frozen) if policy else None,
                     baseline=baseline,
+                    items=items,
                 )
                 if len(blocks) == 1 and one_program():
                     ((state, norm, *sums),) = in_blocks(
@@ -425,39 +505,24 @@ def fit(
                     del gradients  # or it would lie beside the next step's, and through saving
                 if mismatches is not None:
                     norm = norm | {"kl": baseline}
-                tokens = sum(
-                    sequence_tokens(items[i])
-                    for block in blocks
-                    for i in block.item[block.item >= 0]
-                )
+                tokens = sum(sequence_tokens(items[i]) for i in _indices(blocks))
                 flush()
                 step += 1
-                pending = step, sums, norm, tokens, packing_efficiency(blocks)
+                pending = step, sums, norm, tokens, packing_efficiency(blocks, items, layout)
                 if _due(step, config.srpo.sync_every) and state.reference:
                     state = programs.sync(state)
                 if evaluation and (step == steps or _due(step, config.train.eval_every)):
-                    eval_blocks, eval_reference, eval_kind, eval_mismatches = evaluation
-                    extra = evaluate(
-                        programs,
-                        mesh,
-                        stage,
-                        state.params,
-                        eval_blocks,
-                        eval_reference,
-                        frozen=frozen,
-                        kind=eval_kind,
-                        kinds=kinds,
-                        resident=state.reference or None,
-                        mismatches=eval_mismatches,
-                    )
+                    extra = measure()
+                    if extra is None:
+                        break
                     flush(extra)
                 if step == steps or step % config.train.save_every == 0:
                     save()
-            if signalled.number and step:
+            if stopped and step:
                 save()  # whenever the signal came; a step that is saved already stays as it is
         except Fallen as fall:
             return roll_back(state, fall, config, checkpoints), 0
-    return state, 0 if step == steps else signalled.number
+    return state, 0 if step == steps and not owed else stopped
 
 
 def roll_back(state: State, fall: Fallen, config: Config, checkpoints: Checkpoints) -> State:

@@ -142,8 +142,8 @@ def _savings(config: Config, stage, arch, shape: Shape, mesh, total: float) -> s
 
 
 def device_memory() -> int:
-    """Bytes of the first device; on a CPU those of the machine or of its container."""
-    stats = jax.devices()[0].memory_stats() or {}
+    """Bytes of the first device here; on a CPU those of the machine or of its container."""
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
@@ -157,8 +157,8 @@ def device_memory() -> int:
 
 
 def peak_memory() -> int:
-    """The most bytes the first device held so far; on a CPU, the process."""
-    stats = jax.devices()[0].memory_stats() or {}
+    """The most bytes the first device here held so far; on a CPU, the process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
     # Linux counts KiB, macOS bytes.

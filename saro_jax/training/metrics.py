@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from saro_jax.config import Config, dump
+from saro_jax.parallel import distributed
 
 
 def truncate_after(path: Path, step: int) -> None:
@@ -43,9 +44,15 @@ def check(config: Config) -> None:
 
 
 class Writer:
-    """Where one run's metrics go; a resource: `close` flushes all of them."""
+    """Where one run's metrics go; a resource: `close` flushes all of them.
+
+    Of several processes the first writes, and the others' writers do nothing.
+    """
 
     def __init__(self, out: Path, config: Config, stage: str, *, start: int, steps: int):
+        self._file: Any = None
+        if not distributed.writes():
+            return
         truncate_after(out / "metrics.jsonl", start)
         self._file = open(out / "metrics.jsonl", "a")  # noqa: SIM115 (closed by close)
         self._board: Any = None
@@ -70,6 +77,8 @@ class Writer:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One record; every value a finite or non-finite float, written as JSON (NaN as null)."""
+        if self._file is None:
+            return
         clean = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps({"step": step, **clean}) + "\n")
         self._file.flush()
@@ -83,6 +92,8 @@ class Writer:
 
     def show(self, step: int, values: dict[str, float]) -> None:
         """The watched line: loss, margin where there is one, speed, time left."""
+        if self._file is None:
+            return
         parts = [f"loss {values['loss']:.4f}"]
         if "rewards/margins" in values:
             parts.append(f"margin {values['rewards/margins']:.3f}")
@@ -100,6 +111,8 @@ class Writer:
         )
 
     def close(self) -> None:
+        if self._file is None:
+            return
         if self._bar is not None:
             self._bar.close()
         if self._board is not None:

@@ -40,10 +40,15 @@ def join(items: Sequence[Item], match: Match, longest: int) -> Item:
     return replace(asked, id=f"{asked.id} + {said.id}", branches=(cut,))
 
 
-def of_step(mismatches: Mismatches, blocks: Sequence[Rows]) -> tuple[list[Rows], np.ndarray | None]:
-    """The packed mismatched rows of a step's blocks, and their reference log-probs [n, 1, G]."""
+def of_step(
+    mismatches: Mismatches, blocks: Sequence[Rows], own: np.ndarray | None = None
+) -> tuple[list[Rows], np.ndarray | None]:
+    """The packed mismatched rows of a step's blocks, and their reference log-probs [n, 1, G].
+
+    own: as `packing.blocks` has it.
+    """
     items, shape, longest, reference = mismatches
     step = matches(i for block in blocks for i in block.item[block.item >= 0])
     joined = [join(items, match, longest) for match in step]
-    packed = list(pack(joined, range(len(joined)), **shape._asdict()))
+    packed = list(pack(joined, range(len(joined)), **shape._asdict(), own=own))
     return packed, None if reference is None else np.stack([reference[match] for match in step])

@@ -15,6 +15,7 @@ import numpy as np
 
 from saro_jax.data.tokenise import Item, item_key_parts
 from saro_jax.objectives.preference import SEGMENTS
+from saro_jax.parallel import distributed
 
 SCORING_VERSION = 2  # raise it whenever a change to model or scoring code may change a log-prob
 # How far a re-scored row may lie from the stored one, in nats per scored token. In float32 another
@@ -74,7 +75,7 @@ class ReferenceStore:
 
 
 def complete(
-    store: ReferenceStore,
+    store: ReferenceStore | None,
     model: str,
     items: Sequence[Item],
     groups: Sequence[Sequence[list[int]]],
@@ -87,30 +88,34 @@ def complete(
 
     groups: the packed rows of each step, lists of indices; score: `scoring.score_items` of groups.
     Whole groups are scored, so that rows are packed as training will pack them; what is done is
-    kept if the process dies. `recheck` stored items are scored again and must agree within
+    kept if the process dies. Of several processes the first has the store, the others None, and
+    all of them score. `recheck` stored items are scored again and must agree within
     `tolerance` nats per scored token.
     """
     keys = [row_key(model, item) for item in items]
     branches = len(items[0].branches)
-    logps = store.get(keys, branches)
+    logps = np.full((len(items), branches, SEGMENTS), np.nan, np.float32)
+    logps = distributed.broadcast(logps if store is None else store.get(keys, branches))
     missing: np.ndarray = np.isnan(logps.sum(axis=(1, 2)))
     what = "pairs" if branches == 2 else "responses"
+    where = "the store of process 0" if store is None else str(store.path)
     print(
-        f"reference: {len(items) - int(missing.sum())} of {len(items)} {what} in {store.path}",
+        f"reference: {len(items) - int(missing.sum())} of {len(items)} {what} in {where}",
         flush=True,
     )
     stored = [[[int(i)]] for i in np.flatnonzero(~missing)[:recheck]]
     for i, logp, tokens in score(stored):
         if (np.abs(logp - logps[i]).sum(-1) / tokens.sum(-1) > tolerance).any():
             raise ValueError(
-                f"{store.path}: {items[i].where}: stored log-probs {logps[i].sum(-1).tolist()}, "
+                f"{where}: {items[i].where}: stored log-probs {logps[i].sum(-1).tolist()}, "
                 f"now {logp.sum(-1).tolist()}: more than {tolerance} nats per token apart; delete "
                 "the file"
             )
     todo = [group for group in groups if missing[[i for row in group for i in row]].any()]
     for done, group in enumerate(todo, 1):
         new = {i: logp for i, logp, _ in score([group]) if missing[i]}
-        store.put((keys[i], logp) for i, logp in new.items())
+        if store is not None:
+            store.put((keys[i], logp) for i, logp in new.items())
         for i, logp in new.items():
             logps[i], missing[i] = logp, False
         if done % 10 == 0 or done == len(todo):

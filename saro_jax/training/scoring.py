@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saro_jax.data.packing import Rows, Shape, blocks
 from saro_jax.data.tokenise import Item
@@ -21,7 +21,7 @@ from saro_jax.models.attention import Kernel, Tokens
 from saro_jax.models.lora import Adapters
 from saro_jax.objectives.logprobs import TokenScores, token_scores
 from saro_jax.objectives.preference import SEGMENTS
-from saro_jax.parallel import sharding
+from saro_jax.parallel import distributed, sharding
 
 
 class Sequences(NamedTuple):
@@ -89,20 +89,30 @@ def sum_sequences(logp_BS: jax.Array, rows: Rows, branches: int) -> Sequences:
 
 
 def put(mesh: Mesh, rows: Rows) -> Rows:
-    """The block on the devices of `mesh`, cut by row."""
-    return Rows(*jax.device_put(tuple(rows), sharding.rows(mesh)))
+    """The block on the devices of `mesh`, cut by row; of several processes each puts its own."""
+    where = sharding.rows(mesh)
+    return Rows(*(distributed.place(array, where) for array in rows))
 
 
 def score_program(
-    arch: Architecture, *, dtype: Any, remat: str, branches: int, attention: Kernel = "auto"
+    arch: Architecture,
+    *,
+    dtype: Any,
+    remat: str,
+    branches: int,
+    attention: Kernel = "auto",
+    out: NamedSharding | None = None,
 ) -> Any:
-    """The jitted `(params, rows) -> Sequences`; rows lie on the devices of the mesh that is set."""
+    """The jitted `(params, rows) -> Sequences`; rows lie on the devices of the mesh that is set.
+
+    out: where the sums lie; None leaves it to the compiler.
+    """
 
     def run(params, rows):
         scores = score_tokens(arch, params, rows, dtype=dtype, remat=remat, attention=attention)
         return sum_sequences(scores.logp, rows, branches)
 
-    return jax.jit(run)
+    return jax.jit(run, out_shardings=out)
 
 
 def make_scorer(
@@ -114,8 +124,14 @@ def make_scorer(
     branches: int,
     attention: Kernel = "auto",
 ) -> Callable[[Any, Rows], Sequences]:
-    """A compiled `(params, rows) -> Sequences`; rows are host arrays."""
-    run = score_program(arch, dtype=dtype, remat=remat, branches=branches, attention=attention)
+    """A compiled `(params, rows) -> Sequences`; rows are host arrays.
+
+    Where there are several processes, each computes its rows and gets the sums of all.
+    """
+    all_sums = NamedSharding(mesh, PartitionSpec()) if distributed.several() else None
+    run = score_program(
+        arch, dtype=dtype, remat=remat, branches=branches, attention=attention, out=all_sums
+    )
 
     def scorer(params, rows):
         with jax.set_mesh(mesh):
@@ -130,14 +146,17 @@ def score_items(
     items: Sequence[Item],
     groups: Iterable[Sequence[list[int]]],
     shape: Shape,
+    own: np.ndarray | None = None,
 ) -> Iterable[tuple[int, np.ndarray, np.ndarray]]:
     """(index, log-prob sums [K, G], scored tokens [K, G]) of items[i] for every i in the groups.
 
     Each group is packed by itself: with the groups of the training steps, the rows are the very
-    rows that training will see, and in bfloat16 too a reference equals the policy at step 0.
+    rows that training will see, and in bfloat16 too a reference equals the policy at step 0. own:
+    the rows of a block that this process computes; the sums are those of all.
     """
     for group in groups:
-        for block in blocks(items, group, shape):
+        for block in blocks(items, group, shape, own):
+            distributed.check_stop()
             sums = jax.device_get(scorer(params, block))
             for b, slot in zip(*np.nonzero(block.item >= 0), strict=True):
                 yield int(block.item[b, slot]), sums.logp[b, slot], sums.tokens[b, slot]

@@ -25,7 +25,7 @@ from saro_jax.models.architecture import Architecture
 from saro_jax.objectives import preference
 from saro_jax.objectives.kto import kto
 from saro_jax.objectives.sft import nll
-from saro_jax.parallel import sharding
+from saro_jax.parallel import distributed, sharding
 from saro_jax.training import trainable
 from saro_jax.training.scoring import score_tokens, sum_sequences
 
@@ -192,7 +192,7 @@ def init_state(
     shapes = jax.eval_shape(optimizer.init, params)
     inner = jax.jit(optimizer.init, out_shardings=sharding.shardings(mesh, shapes))(params)
     # Committed to the mesh like the rest, so that step 1 and step 2 are one program.
-    start = jax.device_put(np.zeros((), np.int32), NamedSharding(mesh, PartitionSpec()))
+    start = distributed.place(np.zeros((), np.int32), NamedSharding(mesh, PartitionSpec()))
     # A copy: the parameters' own buffers are donated to the first update.
     reference = jax.tree.map(lambda leaf: leaf + 0, params) if resident else ()
     return State(start, params, inner, reference)

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from saro_jax.config import Config
+from saro_jax.parallel import distributed
 from saro_jax.training.finding import Finding, Level, percent
 from saro_jax.training.memory import GIB, peak_memory
 
@@ -204,9 +205,9 @@ class Watch:
     def __init__(self, file: Path, config: Config, stage: str, *, fresh: bool):
         """fresh: the run begins; else what `file` holds has been said."""
         self._file, self._config, self._stage = file, config, stage
-        if fresh or not file.exists():
+        if distributed.writes() and (fresh or not file.exists()):
             file.write_text("")
-        self._said = _names(file)
+        self._said = _names(file) if distributed.writes() else set()
         self._records: list[Record] = []
         self._time = time.monotonic()
 
@@ -230,6 +231,8 @@ class Watch:
             if finding.name in self._said:
                 continue
             self._said.add(finding.name)
+            if not distributed.writes():
+                continue
             with open(self._file, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **finding._asdict()}) + "\n")
             if finding.level in aloud:

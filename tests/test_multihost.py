@@ -1,0 +1,204 @@
+"""Training over two and four real processes: the losses of one, own data, restarts, one stop."""
+
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import processes
+import pytest
+import tiny
+
+from saro_jax.parallel.hub import LOST
+
+# Rows short enough that every process has some of a step, a mesh of four devices for any number.
+SIZES = ("--train.micro_rows=4", "--train.batch_rows=8", "--train.save_every=1", "--train.keep=9")
+ROWS = {"rw": "--stages.rw.data.row_length=80", "srpo": "--stages.srpo.data.row_length=96"}
+RATE = {"tokens_per_second"}
+
+
+def train(stage, out, count, *overrides, devices=4, steps=4, signalled="-1:0:0", name="run"):
+    arguments = tiny.arguments(
+        stage, out, *SIZES, ROWS[stage], f"--train.steps={steps}", *overrides
+    )
+    return processes.run(
+        processes.STAGE,
+        count,
+        "train",
+        *arguments,
+        notes=out.parent / f"{out.name}.{name}",
+        devices=devices // count,
+        SIGNAL=signalled,
+    )
+
+
+def codes(ended):
+    return [one.code for one in ended]
+
+
+def saved(out):
+    folder = out / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def equal(found, wanted, *, rtol=1e-5):
+    """The same lines of metrics, to what the order of float32 sums leaves."""
+    assert [one.keys() for one in found] == [one.keys() for one in wanted]
+    for a, b in zip(found, wanted, strict=True):
+        for key in b:
+            np.testing.assert_allclose(a[key], b[key], rtol=rtol, atol=1e-5, err_msg=key)
+
+
+# What of a checkpoint is on this process's devices, gathered, as hashes; and its data.
+CHECK = """
+import hashlib, json, sys
+from argparse import Namespace
+from pathlib import Path
+import jax, numpy as np
+from jax.experimental import multihost_utils
+import tiny
+from saro_jax.config import load
+from saro_jax.parallel import distributed, sharding, mesh as meshes
+from saro_jax.training import optimizer, step
+from saro_jax.training.checkpoint import Checkpoints, abstract
+
+flags = dict(argument[2:].split("=") for argument in sys.argv[2:])
+distributed.start(Namespace(
+    coordinator=flags.get("coordinator"), join_timeout=100.0,
+    processes=int(flags.get("processes", 1)), process=int(flags.get("process", 0))))
+config = load("{recipe}", [], "rw")
+mesh = meshes.make_mesh({mesh})
+whole = tiny.params()
+places = sharding.shardings(mesh, whole)
+params = jax.tree.map(
+    lambda leaf, place: distributed.place(np.zeros(leaf.shape, leaf.dtype), place), whole, places)
+transform = optimizer.make(config.optimizer, 6, config.lora)
+wanted = abstract(step.init_state(transform, params, mesh))
+checkpoints = Checkpoints(Path("{folder}"))
+state, data = checkpoints.restore({step}, wanted)
+def digest(leaf):
+    found = np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return [list(found.shape), hashlib.sha256(found.tobytes()).hexdigest()]
+said = {{"state": jax.tree.map(digest, jax.tree.leaves(state)), "data": data}}
+Path(sys.argv[1]).write_text(json.dumps(said))
+checkpoints.close()
+"""
+
+
+def laid_out(out, count, name="run"):
+    folder = out.parent / f"{out.name}.{name}"
+    return [set(json.loads((folder / f"{i}.json").read_text())) for i in range(count)]
+
+
+def test_stopped_in_two_processes_and_continued_in_one(tmp_path):
+    """SIGTERM to one of two: both save one step; one process goes on to the metrics of a whole run.
+
+    The reference log-probs of all pairs are computed by both and stored by the first.
+    """
+    cache = f"--srpo.reference_cache={tmp_path / 'reference'}"
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    alone = processes.start(
+        processes.STAGE,
+        1,
+        "train",
+        *tiny.arguments("srpo", straight, *SIZES, ROWS["srpo"], "--train.steps=4", cache),
+        notes=tmp_path / "straight.run",
+        devices=4,
+    )
+    two = train("srpo", out, 2, f"{cache}2", signalled=f"1:2:{int(signal.SIGTERM)}")
+    (one,) = processes.wait(alone)
+    assert one.code == 0, one.output
+    assert codes(two) == [143, 143], two
+    assert "got signal 15: all stop" in two[0].output and "step" not in two[1].output
+    step = saved(out)[-1]
+    assert 0 < step < 4 and f"stopped at step {step} of 4" in two[0].output
+    assert (tmp_path / "reference2" / "reference.sqlite").exists()
+    (rest,) = train("srpo", out, 1, f"{cache}2", name="rest")
+    assert rest.code == 0 and f"continuing from step {step} of 4" in rest.output, rest.output
+    equal(tiny.metrics(out), tiny.metrics(straight))
+    names = {path.name for path in out.iterdir()}
+    assert names == {path.name for path in straight.iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["rw", "srpo"])
+def test_losses_of_one_two_and_four_processes(tmp_path, stage):
+    """And each lays out its own rows only: together every item, in every step a part."""
+    for count in (1, 2, 4):
+        ended = train(stage, tmp_path / str(count), count)
+        assert codes(ended) == [0] * count, ended
+    rows = {1: laid_out(tmp_path / "1", 1)[0]}
+    for count in (2, 4):
+        equal(tiny.metrics(tmp_path / str(count)), tiny.metrics(tmp_path / "1"))
+        parts = laid_out(tmp_path / str(count), count)
+        assert set().union(*parts) == rows[1]
+        assert all(part and part < rows[1] for part in parts[:2])
+        sizes = [len(part) for part in parts]
+        assert sum(sizes) < count * len(rows[1]), sizes
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """A run of four processes that was stopped after some step."""
+    out = tmp_path_factory.mktemp("four") / "out"
+    ended = train("rw", out, 4, steps=6, signalled=f"2:3:{int(signal.SIGTERM)}")
+    assert codes(ended) == [143] * 4, ended
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "mesh"), [(1, "fsdp=4"), (2, "fsdp=2, tensor=2")])
+def test_a_checkpoint_of_four_continues_in_fewer(tmp_path, four, count, mesh):
+    """Bit for bit what four had saved, data position included, and then to the same losses."""
+    out = tmp_path / "out"
+    shutil.copytree(four, out)
+    step = saved(out)[-1]
+    facts = {"folder": out / "checkpoints", "step": step, "recipe": tiny.folder() / "recipe.yaml"}
+    said = []
+    for number, sizes in ((count, mesh), (4, "fsdp=4")):
+        notes = tmp_path / f"restored by {number}"
+        code = CHECK.format(mesh=sizes, **facts)
+        ended = processes.run(code, number, notes=notes, devices=4 // number)
+        assert codes(ended) == [0] * number, ended
+        said.append(json.loads((notes / "0.json").read_text()))
+    assert said[0] == said[1] and said[0]["data"]["iterator"]["next_index"] == step
+    straight = tmp_path / "straight"
+    assert codes(train("rw", straight, 1, steps=6)) == [0]
+    ended = train("rw", out, count, steps=6, name="rest")
+    assert codes(ended) == [0] * count, ended
+    assert f"continuing from step {step} of 6" in ended[0].output
+    equal(tiny.metrics(out), tiny.metrics(straight))
+
+
+@pytest.mark.slow
+def test_one_of_four_is_killed_and_the_run_goes_on(tmp_path):
+    out = tmp_path / "out"
+    ended = train("srpo", out, 4, signalled=f"2:2:{int(signal.SIGKILL)}")
+    assert codes(ended) == [LOST, LOST, -9, LOST], ended
+    line = f"error: process 2 ({os.uname().nodename}) died; process "
+    assert all(line in ended[i].output for i in (0, 1, 3))
+    again = train("srpo", out, 4, name="again")
+    assert codes(again) == [0] * 4, again
+    straight = tmp_path / "straight"
+    assert codes(train("srpo", straight, 1)) == [0]
+    equal(tiny.metrics(out), tiny.metrics(straight))
+
+
+@pytest.mark.slow
+def test_bad_rows_of_one_host_end_all(tmp_path):
+    """A host whose copy of the rows differs is named before anything is trained."""
+    other = tmp_path / "other.jsonl"
+    tiny.write_rows(other, tiny.SFT[:-1])
+    ended = processes.run(
+        processes.STAGE,
+        2,
+        "train",
+        *tiny.arguments("rw", tmp_path / "out", *SIZES),
+        notes=tmp_path / "notes",
+        devices=2,
+        extra={1: (f"--data.train={other}",)},
+    )
+    assert codes(ended) == [2, 2], ended
+    assert f"the config differs: process 1 ({os.uname().nodename}): " in ended[0].output
+    assert not ended[1].output.startswith("error")
