@@ -1,6 +1,7 @@
 """Chunked log-probs equal the full computation, values and gradients."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -211,7 +212,7 @@ def parts(monkeypatch):
         yield
 
 
-def by_parts(hidden, head, target, valid, softcap=None, low_rank=None, train_head=True):
+def by_parts(hidden, head, target, valid, softcap=None, low_rank=None, train_head=True) -> Any:
     return logprobs._by_parts(hidden, head, low_rank, target, valid, softcap, True, train_head)
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from saro_jax.parallel import hlo, schedule, topologies
 F32 = jnp.float32
 
 
-def text(run, *shapes) -> str:
+def text(run, *shapes) -> Any:
     return jax.jit(run).lower(*(jax.ShapeDtypeStruct(s, F32) for s in shapes)).compile().as_text()
 
 
@@ -242,7 +243,8 @@ def test_on_a_real_tpu_program():
     w = jax.ShapeDtypeStruct(
         (6, 256, 256), jnp.bfloat16, sharding=NamedSharding(mesh, P(None, "x"))
     )
-    found = hlo.totals(hlo.parse(jax.jit(step).lower(x, w).compile().as_text()))
+    compiled: Any = jax.jit(step).lower(x, w).compile()
+    found = hlo.totals(hlo.parse(compiled.as_text()))
     assert found.unknown_loops == []
     assert found.flops == 6 * 2 * 128 * 256 * 256
     gathered = sum(one.bytes * one.count for one in found.collectives if one.kind == "all-gather")
