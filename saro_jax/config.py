@@ -428,7 +428,7 @@ class Config(Section):
                 )
         if optimizer.offload and optimizer.name == "sgd":
             raise ValueError(
-                "optimizer.offload=true has no meaning with optimizer.name=sgd, which has no moments"
+                "optimizer.offload=true has no meaning with optimizer.name=sgd: it has no moments"
             )
         _check_srpo(srpo, train)
         _check_adapters(self)

@@ -252,7 +252,7 @@ def _train(prepared: Prepared, out: Path) -> int:
     )
     del params, trained
     iterator = pipeline.steps(items, rows_of, shape, config.data.prefetch)
-    checkpoints = Checkpoints(out / "checkpoints", config.train.keep)
+    checkpoints = Checkpoints(out / "checkpoints", config.train.keep, state)
     tokens_before, window_before, recent_before = 0, [], []
     latest = checkpoints.latest()
     if latest is not None:
@@ -299,7 +299,9 @@ def _train(prepared: Prepared, out: Path) -> int:
             f"stopped at step {int(state.step)} of {steps}; the same command continues", flush=True
         )
         return 128 + stopped
-    _export(config, source, trainable.join(state.params, frozen), out / "model")
+    params = trainable.join(state.params, frozen)
+    del state  # the moments' memory, before the export asks for its own
+    _export(config, source, params, out / "model")
     return 0
 
 

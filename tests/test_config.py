@@ -442,7 +442,7 @@ def test_an_override_given_twice_is_refused():
         (
             ["--optimizer.name=sgd", "--optimizer.offload=true"],
             "--optimizer.offload=true: optimizer.offload=true has no meaning with "
-            "optimizer.name=sgd, which has no moments",
+            "optimizer.name=sgd: it has no moments",
         ),
         (
             ["--optimizer.name=sgd", "--optimizer.b2=0.9"],

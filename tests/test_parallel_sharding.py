@@ -14,7 +14,7 @@ from saro_jax.models import decoder, lora
 from saro_jax.models.architecture import from_hf
 from saro_jax.parallel import mesh as meshes
 from saro_jax.parallel import sharding
-from saro_jax.parallel.sharding import SHARDS
+from saro_jax.parallel.sharding import SHARDS, WIDE
 from saro_jax.training import optimizer
 
 
@@ -54,17 +54,20 @@ def test_every_matrix_is_cut_along_both_axes_and_the_rest_whole(family):
         elif name.endswith("bias"):
             assert spec in (P(), P(None, "tensor")), name
         else:
-            assert {axis for axis in spec if axis} == {SHARDS, "tensor"}, name
+            axes = [(part,) if isinstance(part, str) else part or () for part in spec]
+            assert {axis for part in axes for axis in part} == {*SHARDS, "tensor"}, name
 
 
 def test_the_table():
     found = specs(shapes("biases"))
     assert found["model/embed_tokens/weight"] == P("tensor", SHARDS)
     for name in ("self_attn/q_proj", "self_attn/v_proj", "mlp/gate_proj", "mlp/up_proj"):
-        assert found[f"model/layers/{name}/weight"] == P(None, SHARDS, "tensor")
+        cut = P(None, SHARDS, "tensor") if "attn" in name else P(None, None, WIDE)
+        assert found[f"model/layers/{name}/weight"] == cut
         assert found[f"model/layers/{name}/bias"] == P(None, "tensor")
     for name in ("self_attn/o_proj", "mlp/down_proj"):
-        assert found[f"model/layers/{name}/weight"] == P(None, "tensor", SHARDS)
+        cut = P(None, "tensor", SHARDS) if "attn" in name else P(None, WIDE, None)
+        assert found[f"model/layers/{name}/weight"] == cut
         assert found[f"model/layers/{name}/bias"] == P()
 
 
@@ -121,7 +124,7 @@ def test_an_axis_that_does_not_divide_is_named():
 
 
 def test_sequence_shards_cut_the_weights_too():
-    name, shape = "model/layers/mlp/up_proj/weight", (2, 64, 96)
+    name, shape = "model/layers/self_attn/q_proj/weight", (2, 64, 96)
     place = jax.sharding.NamedSharding(mesh_of(fsdp=2, sequence=4, tensor=2), P(None, SHARDS))
     assert place.shard_shape(shape) == (2, 8, 96)
     assert sharding.spec(name, shape, place.mesh.shape) == P(None, SHARDS, "tensor")

@@ -17,15 +17,14 @@ from typing import Any, Literal, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from saro_jax.models.remat import ATTENTION, store
 from saro_jax.parallel.sharding import HEADS, ROWS, axis_parts, constrain_heads, gather_heads
 
 F32 = jnp.float32
 NEGATIVE = -1e30  # a finite "minus infinity": (NEGATIVE - NEGATIVE) stays a number
 BLOCK = 64  # on a CPU as fast as 128 a block, and less of it is masked (docs/log.md)
-SAVED = ("attention", "logsumexp")  # names of what the backward pass needs of the forward one
 LONGEST = 2**25  # bytes of the keys' and values' gradients of one row and head that `flash` holds
 
 Kernel = Literal["auto", "xla", "flash", "interpret"]
@@ -211,7 +210,7 @@ def _blockwise_fwd(q, k, v, tokens, window, scale, softcap, block):
     )
     out, lse = run(q, k, v, tokens, window)
     # Named here, where both are residuals: remat that saves them does not run the forward again.
-    out, lse = checkpoint_name(out, SAVED[0]), checkpoint_name(lse, SAVED[1])
+    out, lse = store(out, ATTENTION[0]), store(lse, ATTENTION[1])
     return out, (q, k, v, tokens, window, out, lse)
 
 

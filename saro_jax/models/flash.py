@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from saro_jax.models.attention import NEGATIVE, Tokens, over_mesh, partitions
+from saro_jax.models.remat import ATTENTION, store
 
 F32, I32 = jnp.float32, jnp.int32
 LANES = 128
@@ -443,7 +443,7 @@ def _flash_fwd(q_BTNH, k_BTKH, v_BTKH, tokens, window, shape):
     )
     out_BTNH, lse = run(q_BTNH, k_BTKH, v_BTKH, tokens, window)
     # Named here, where both are residuals: a policy that saves them never runs the kernel again.
-    out_BTNH, lse = checkpoint_name(out_BTNH, "attention"), checkpoint_name(lse, "logsumexp")
+    out_BTNH, lse = store(out_BTNH, ATTENTION[0]), store(lse, ATTENTION[1])
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, tokens, window, out_BTNH, lse)
 
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 ROWS = ("slice", "data", "fsdp")  # the rows of a batch
 TOKENS = (*ROWS, "sequence")  # its scored tokens
 SHARDS = ("fsdp", "sequence")  # the weights, beside "tensor": gathered where they are used
+WIDE = ("tensor", *SHARDS)
 HEADS = ("tensor", "sequence")  # attention's heads: each device sees whole rows of some heads
 
 HOST = "pinned_host"  # the kind of memory
@@ -23,16 +24,24 @@ HOST = "pinned_host"  # the kind of memory
 # moments carry the parameter's path as a suffix, so the same rules serve them.
 RULES: tuple[tuple[str, P], ...] = (
     (r"(embed_tokens|lm_head)/weight$", P("tensor", SHARDS)),
-    (r"layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/weight$", P(None, SHARDS, "tensor")),
-    (r"layers/.*(o_proj|down_proj)/weight$", P(None, "tensor", SHARDS)),
+    (r"layers/.*(q_proj|k_proj|v_proj)/weight$", P(None, SHARDS, "tensor")),
+    (r"layers/.*o_proj/weight$", P(None, "tensor", SHARDS)),
+    # The wide axis of the MLP takes all cuts: gathered piece by piece, a piece of gate and up then
+    # is a piece of the result; one of the other axis would be added to all of it, in float32.
+    (r"layers/.*(gate_proj|up_proj)/weight$", P(None, None, WIDE)),
+    (r"layers/.*down_proj/weight$", P(None, WIDE, None)),
     (r"layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/bias$", P(None, "tensor")),
     (r"layers/.*(o_proj|down_proj)/bias$", P()),
     # Adapters are cut like the matrix they stand beside; their rank never is. A of o_proj and
     # down_proj is cut where its input is, so what crosses the devices is [tokens, rank].
-    (r"layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/lora_A$", P(None, SHARDS, None)),
-    (r"layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)/lora_B$", P(None, None, "tensor")),
-    (r"layers/.*(o_proj|down_proj)/lora_A$", P(None, "tensor", None)),
-    (r"layers/.*(o_proj|down_proj)/lora_B$", P(None, None, SHARDS)),
+    (r"layers/.*(q_proj|k_proj|v_proj)/lora_A$", P(None, SHARDS, None)),
+    (r"layers/.*(q_proj|k_proj|v_proj)/lora_B$", P(None, None, "tensor")),
+    (r"layers/.*o_proj/lora_A$", P(None, "tensor", None)),
+    (r"layers/.*o_proj/lora_B$", P(None, None, SHARDS)),
+    (r"layers/.*(gate_proj|up_proj)/lora_A$", P(None, None, None)),
+    (r"layers/.*(gate_proj|up_proj)/lora_B$", P(None, None, WIDE)),
+    (r"layers/.*down_proj/lora_A$", P(None, WIDE, None)),
+    (r"layers/.*down_proj/lora_B$", P(None, None, None)),
     (r"lm_head/lora_A$", P(SHARDS, None)),
     (r"lm_head/lora_B$", P(None, "tensor")),
     (r"norm/weight$", P()),
@@ -167,6 +176,27 @@ def whole_columns(table_VD: jax.Array) -> jax.Array:
     return constrain(table_VD, P("tensor" if even else None, None))
 
 
+def row_axes(rows: int, axes: tuple[str, ...] = ROWS) -> tuple[str, ...] | None:
+    """`axes` where a mesh is set and they cut `rows` rows evenly, else None."""
+    empty = jax.sharding.get_abstract_mesh().empty
+    return None if empty or rows % axis_parts(axes) else axes
+
+
+def by_row(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`run` on each device's own rows, where a mesh is set: arrays whose axis 0 is the row.
+
+    What picks by index within a row stays on the device then; the compiler would not know it.
+    """
+
+    def running(*arrays: jax.Array) -> jax.Array:
+        rows = row_axes(arrays[0].shape[0])
+        if rows is None:
+            return run(*arrays)
+        return jax.shard_map(run, in_specs=(P(rows),) * len(arrays), out_specs=P(rows))(*arrays)
+
+    return running
+
+
 def constrain_rows(x_BTD: jax.Array, columns: str | None = None) -> jax.Array:
     """Keep activations cut by row and token; XLA alone replicates the batch.
 
@@ -225,7 +255,7 @@ def gather_tokens(x_BTD: jax.Array, source_BS: jax.Array) -> jax.Array:
     """
     shards, n, (B, T, D) = axis_parts(ROWS), axis_parts("sequence"), x_BTD.shape
     if n == 1:
-        return jnp.take_along_axis(x_BTD, source_BS[..., None], axis=1)
+        return by_row(lambda x, at: jnp.take_along_axis(x, at[..., None], axis=1))(x_BTD, source_BS)
     x = constrain(x_BTD, P(ROWS)).reshape(shards, 1, B // shards, T, D)
     source = deal_tokens(source_BS).reshape(shards, n, B // shards, -1, 1)
     dealt = jnp.take_along_axis(x, source, axis=3)

@@ -93,6 +93,18 @@ def put(mesh: Mesh, rows: Rows) -> Rows:
     return Rows(*jax.device_put(tuple(rows), sharding.rows(mesh)))
 
 
+def score_program(
+    arch: Architecture, *, dtype: Any, remat: str, branches: int, attention: Kernel = "auto"
+) -> Any:
+    """The jitted `(params, rows) -> Sequences`; rows lie on the devices of the mesh that is set."""
+
+    def run(params, rows):
+        scores = score_tokens(arch, params, rows, dtype=dtype, remat=remat, attention=attention)
+        return sum_sequences(scores.logp, rows, branches)
+
+    return jax.jit(run)
+
+
 def make_scorer(
     arch: Architecture,
     mesh: Mesh,
@@ -103,11 +115,7 @@ def make_scorer(
     attention: Kernel = "auto",
 ) -> Callable[[Any, Rows], Sequences]:
     """A compiled `(params, rows) -> Sequences`; rows are host arrays."""
-
-    @jax.jit
-    def run(params, rows):
-        scores = score_tokens(arch, params, rows, dtype=dtype, remat=remat, attention=attention)
-        return sum_sequences(scores.logp, rows, branches)
+    run = score_program(arch, dtype=dtype, remat=remat, branches=branches, attention=attention)
 
     def scorer(params, rows):
         with jax.set_mesh(mesh):
