@@ -189,6 +189,7 @@ def _device_bytes(tree: Any) -> float:
         sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
             for leaf in jax.tree.leaves(tree)
+            if leaf.sharding.memory_kind != sharding.HOST
         )
     )
 
@@ -281,6 +282,9 @@ def _train(config: Config, stage: str, arch, mesh: Mesh, length: int, blocks: in
     frozen = _params(mesh, frozen)
     transform = optimizer.make(config.optimizer, 1000, config.lora)
     moments = _params(mesh, jax.eval_shape(transform.init, trained))
+    if config.optimizer.offload:
+        places = jax.tree.map(lambda leaf: leaf.sharding, moments)
+        moments = _placed(mesh, moments, sharding.on_host(places, moments))
     resident = stage == "srpo" and config.srpo.reference == "resident"
     count: Any = _scalar(mesh, jnp.int32)
     state = step.State(count, trained, moments, trained if resident else ())

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-# A stage on the tiny model that notes the items whose tokens it lays out, and is asked by SIGNAL
-# (process:call:signal) to stop or die at the given pass over a block.
+# A stage on the tiny model that notes of every block its rows and the items whose tokens it lays
+# out, and is asked by SIGNAL (process:call:signal) to stop or die at a pass over a block.
 STAGE = """
 import importlib, json, os, sys
 from pathlib import Path
@@ -19,12 +19,19 @@ from saro_jax.parallel import distributed
 from saro_jax.training import loop
 
 notes, stage, *arguments = sys.argv[1:]
-seen, calls, lay_out, put = set(), [], packing.lay_out, loop.put
+seen, calls, own, block, put = [], [], [], packing._block, loop.put
+lay_out = packing.lay_out
 wanted = [int(part) for part in os.environ.get("SIGNAL", "-1:0:0").split(":")]
 
 def noted(item, index, layout):
-    seen.add(item.id)
+    own.append(index)
     return lay_out(item, index, layout)
+
+def packed(items, rows, *given):
+    own.clear()  # one thread packs
+    found = block(items, rows, *given)
+    seen.append([rows, sorted(own)])
+    return found
 
 def counted(*given):
     if distributed.index() == wanted[0] and len(calls) == wanted[1]:
@@ -32,10 +39,10 @@ def counted(*given):
     calls.append(None)
     return put(*given)
 
-packing.lay_out, loop.put = noted, counted
+packing.lay_out, packing._block, loop.put = noted, packed, counted
 huggingface.logits_match = lambda *_: None  # test_export.py has that
 code = importlib.import_module(f"saro_jax.{stage}").main(arguments)
-Path(notes).write_text(json.dumps(sorted(seen)))
+Path(notes).write_text(json.dumps(seen))
 sys.exit(code)
 """
 

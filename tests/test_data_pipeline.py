@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from saro_jax.config import DataConfig
-from saro_jax.data import pipeline
+from saro_jax.data import packing, pipeline
 
 ITEMS = tiny.items("preference")
 SHAPE = pipeline.Shape(96, 2, "shared", 2)
@@ -132,3 +132,32 @@ def test_windows_tile_the_steps_and_end_with_the_epoch(count, batch_rows, window
 def test_without_shuffle_the_window_moves_nothing():
     plain, windowed = plan(shuffle=False), plan(shuffle=False, window=4)
     assert [plain(k) for k in range(8)] == [windowed(k) for k in range(8)]
+
+
+def test_a_process_lays_out_its_own_rows_of_the_same_steps(monkeypatch):
+    """The parts of two processes make the whole; what the plan says of all rows is in both."""
+    whole = take(steps(), 6)
+    laid_out = []
+    lay_out = packing.lay_out
+    monkeypatch.setattr(packing, "lay_out", lambda *a: laid_out.append(a[1]) or lay_out(*a))
+    parts = []
+    for own in ([True, False], [False, True]):
+        laid_out.clear()
+        parts.append(
+            [list(packing.blocks(ITEMS, plan()(k), SHAPE, np.array(own))) for k in range(6)]
+        )
+        mine = [block.item[own] for step in parts[-1] for block in step]
+        assert sorted(laid_out) == sorted(i for item in mine for i in item[item >= 0])
+        assert laid_out
+        same(take(pipeline.steps(ITEMS, plan(), SHAPE, 2, np.array(own)), 6), parts[-1])
+    for both, step in zip(zip(*parts, strict=True), whole, strict=True):
+        for blocks_of in zip(*both, step, strict=True):
+            for name in packing.Rows._fields:
+                one, two, all_rows = (getattr(block, name) for block in blocks_of)
+                if name in ("item", "weight", "noise", "label"):
+                    np.testing.assert_array_equal(one, all_rows)
+                    np.testing.assert_array_equal(two, all_rows)
+                else:
+                    np.testing.assert_array_equal(one[0], all_rows[0])
+                    np.testing.assert_array_equal(two[1], all_rows[1])
+                    assert not one[1].any() and not two[0].any()

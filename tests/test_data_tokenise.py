@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -19,7 +20,14 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from saro_jax.data.rows import PreferenceRow, Reject, SFTRow, UnpairedRow
-from saro_jax.data.tokenise import Branch, RowError, item_key_parts, tokenise, tokenise_row
+from saro_jax.data.tokenise import (
+    Branch,
+    RowError,
+    digest,
+    item_key_parts,
+    tokenise,
+    tokenise_row,
+)
 from saro_jax.text import chat
 from saro_jax.text.chat import Message
 
@@ -395,3 +403,16 @@ def test_an_unpaired_row_is_one_branch_of_a_pair():
         ids = np.concatenate([item.prefix, branch.ids])
         np.testing.assert_array_equal(ids, np.concatenate([pair.prefix, pair.branches[0].ids]))
         assert branch.scored.all() and branch.scored[-1]
+
+
+def test_the_digest_is_that_of_what_is_trained_on():
+    items = [tiny.item(i, 3, 2, 4) for i in range(3)]
+    found = digest(items)
+    assert found.startswith("3 rows, hash ") and digest(list(items)) == found
+    changed = [
+        items[::-1],
+        items[:2],
+        [*items[:2], replace(items[2], weight=0.5)],
+        [*items[:2], replace(items[2], prefix=items[2].prefix + 1)],
+    ]
+    assert len({found, *map(digest, changed)}) == 5

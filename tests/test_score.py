@@ -142,3 +142,31 @@ def test_errors_are_one_line(tmp_path, capsys):
         assert score.main(arguments) == 2
         said = capsys.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1 and words in said, said
+
+
+def test_scores_go_on_where_they_were_stopped(tmp_path, monkeypatch):
+    """After a stop in the second group of rows; not for other settings, and the file is gone."""
+    whole = run(tmp_path / "whole.jsonl")
+    monkeypatch.setattr(score, "GROUP", 3)
+    out, kept = tmp_path / "scores.jsonl", tmp_path / ".scores.jsonl.scored"
+    score_items, groups = score.score_items, []
+
+    def broken(*arguments):
+        groups.append(arguments[3])
+        if len(groups) == 2:
+            raise KeyboardInterrupt
+        return score_items(*arguments)
+
+    monkeypatch.setattr(score, "score_items", broken)
+    with pytest.raises(AssertionError):
+        run(out)
+    assert not out.exists() and len(kept.read_text().splitlines()) == 1 + 3
+    kept.write_text(kept.read_text() + "[4, {")  # killed while it wrote
+    groups[:] = [None, None]
+    found = run(out)
+    assert len(groups) == 2 + 2 and not kept.exists()
+    assert [record["id"] for record in found] == [record["id"] for record in whole]
+    for one, other in zip(found, whole, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    kept.write_text("another run\n[0, {}]\n")
+    assert run(out) == found

@@ -256,18 +256,26 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert weights(out) == weights(straight / stage)
 
 
-def test_a_signal_during_an_evaluation_saves_too(tmp_path, monkeypatch):
-    evaluate = loop.evaluate
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_signal_during_an_evaluation_saves_and_makes_up_for_it(tmp_path, monkeypatch, at):
+    """Also that of the last step; in the middle, before the next step."""
+    options = (f"--data.eval={tiny.folder()}/sft.jsonl", "--train.eval_every=1", "--train.steps=3")
+    whole = run("rw", tmp_path / "whole", *options)
+    evaluate, calls = loop.evaluate, []
 
     def signalled(*arguments, **options):
-        monkeypatch.setattr(loop, "evaluate", evaluate)
-        os.kill(os.getpid(), signal.SIGTERM)
+        calls.append(None)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*arguments, **options)
 
     monkeypatch.setattr(loop, "evaluate", signalled)
-    options = (f"--data.eval={tiny.folder()}/sft.jsonl", "--train.eval_every=1", "--train.steps=3")
     out = run("rw", tmp_path / "out", *options, code=143)
-    assert saved_steps(out) == [1]
+    assert saved_steps(out) == [at] and not (out / "model").exists()
+    assert [record["step"] for record in tiny.metrics(out)] == list(range(1, at))
+    run("rw", out, *options)
+    assert tiny.metrics(out) == tiny.metrics(whole)
+    assert weights(out) == weights(whole)
 
 
 def test_means_over_several_steps_survive_a_stop(tmp_path, monkeypatch):
@@ -597,6 +605,7 @@ def settings(root: Path) -> dict[str, tuple]:
         "optimizer.b1": ("rw", "0.5", ("--train.steps=3",)),
         "optimizer.b2": ("rw", "0.5", ("--train.steps=3",)),
         "optimizer.eps": ("rw", "0.01"),
+        "optimizer.offload": ("rw", "true"),
         "optimizer.max_grad_norm": ("rw", "0.01", ("--optimizer.name=sgd",)),
         "lora.rank": ("rw", "2"),
         "lora.alpha": ("rw", "8", LORA),

@@ -160,6 +160,7 @@ def test_the_total_of_a_step_is_its_weight():
         weights = [item.weight for item in ITEMS[stage]]
         counts = scored if stage == "rw" else [1] * 8
         assert loop.step_total(stage, blocks(stage)) == np.dot(weights, counts)
+        assert loop.step_total(stage, blocks(stage), ITEMS[stage]) == np.dot(weights, counts)
 
 
 def test_a_step_without_weight_is_refused():
