@@ -47,9 +47,7 @@ def test_devices_without_memory_on_the_host_are_refused():
         device_kind="Chip", addressable_memories=lambda: [SimpleNamespace(kind="device")]
     )
     mesh: Any = SimpleNamespace(local_mesh=SimpleNamespace(devices=np.array([device])))
-    words = (
-        r"^optimizer\.offload=true: Chip has no pinned_host memory, only device; set it to"
-    )
+    words = r"^optimizer\.offload=true: Chip has no pinned_host memory, only device; set it to"
     with pytest.raises(ValueError, match=words):
         sharding.check_offload(mesh)
     sharding.check_offload(meshes.make_mesh())
