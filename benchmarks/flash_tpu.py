@@ -39,9 +39,7 @@ FAR = 2**30
 def mesh_of(chip: str, tensor: int = 1) -> Any:
     """A mesh over the four chips of one host."""
     devices = topologies.get_topology_desc(CHIPS[chip], platform="tpu").devices
-    shape = np.asarray(devices).reshape(1, len(devices) // tensor, tensor)
-    kinds = (jax.sharding.AxisType.Auto,) * 3
-    return jax.sharding.Mesh(shape, meshes.AXES, axis_types=kinds)
+    return meshes.make_mesh(tensor=tensor, devices=devices)
 
 
 def compiled(mesh, function, *arguments):

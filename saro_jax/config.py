@@ -355,6 +355,14 @@ class MeshConfig(Section):
     tensor: int = Field(
         default=1, ge=-1, description="devices that share out each matrix product; -1 = the rest"
     )
+    sequence: int = Field(
+        default=1,
+        ge=-1,
+        description="devices that share out the tokens of each row, and weights; -1 = the rest",
+    )
+    slice: int = Field(
+        default=1, ge=-1, description="slices of a multi-slice TPU: copies; -1 = the rest"
+    )
 
 
 class Config(Section):

@@ -75,7 +75,7 @@ def export(
             raise ValueError(f"--step={at}: not saved; there are {', '.join(map(str, steps))}")
         folder = hub.resolve(config.model.path, config.model.revision)
         arch = huggingface.load_architecture(folder)
-        mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        mesh = meshes.make_mesh(**dict(config.mesh))
         if form == "peft" and (reason := trainable.why_no_peft(arch, config)):
             raise ValueError(f"--format=peft: {reason}")
         shapes, frozen_shapes = trainable.abstract(arch, config)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from saro_jax import config as configuration
 from saro_jax.config import Config, Flag
 from saro_jax.data import pipeline, rows
-from saro_jax.data.packing import Shape, arrange, laid_out_length
+from saro_jax.data.packing import Shape, arrange, laid_out_length, round_up
 from saro_jax.data.tokenise import Item, digest
 from saro_jax.models import decoder, hub, huggingface
 from saro_jax.models.attention import check_kernel
@@ -84,9 +84,12 @@ def score(config: Config, kind: rows.StageKind, out: Path, *, whole: bool = Fals
         data = config.data.model_copy(update={"max_length": arch.max_position_embeddings})
         config = config.model_copy(update={"data": data})
     decoder.check_length(arch, config.data.max_length)
+    check_kernel(config.model.attention)
+    mesh = meshes.make_mesh(**dict(config.mesh))
+    decoder.check_mesh(arch, mesh)
     tokenizer = chat.load_tokenizer(folder, config.model.chat_template)
     layout = config.srpo.layout if kind == "preference" else "shared"
-    row_length = pipeline.row_length(config.data, kind)
+    row_length = pipeline.row_length(config.data, kind, mesh.shape["sequence"])
     items, rejects, total = pipeline.read_items(
         config.data,
         config.data.train,
@@ -101,12 +104,10 @@ def score(config: Config, kind: rows.StageKind, out: Path, *, whole: bool = Fals
         print(f"{len(rejects)} of {total} rows rejected: {out}.rejects.jsonl", file=sys.stderr)
     rows.check_share(rejects, total, config.data.max_reject_share)
 
-    check_kernel(config.model.attention)
-    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     dtype = jnp.dtype(config.model.dtype)
     if whole and config.data.row_length is None and items:
         longest = max(laid_out_length(item, layout) for item in items)
-        row_length = max(LEAST_ROW, -(-longest // 128) * 128)
+        row_length = round_up(max(LEAST_ROW, round_up(longest, 128)), mesh.shape["sequence"])
     places = sharding.shardings(mesh, decoder.abstract_params(arch, dtype))
     params = huggingface.load_params(folder, arch, dtype, places)
     scorer = make_scorer(
@@ -117,8 +118,9 @@ def score(config: Config, kind: rows.StageKind, out: Path, *, whole: bool = Fals
         branches=max((len(item.branches) for item in items), default=1),
         attention=config.model.attention,
     )
-    micro_rows = max(config.train.micro_rows, meshes.row_shards(mesh))
-    shape = Shape(row_length, micro_rows, layout, config.data.row_buckets)
+    micro_rows = round_up(config.train.micro_rows, meshes.row_shards(mesh))
+    buckets, unit = config.data.row_buckets, mesh.shape["sequence"]
+    shape = Shape(row_length, micro_rows, layout, buckets, unit)
     facts = f"{configuration.digest(config)} {kind}, {digest(items)}"
     distributed.same("what is scored", f"{facts}, {huggingface.weights_digest(folder)}")
     out.parent.mkdir(parents=True, exist_ok=True)

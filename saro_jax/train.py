@@ -182,11 +182,12 @@ def prepare(config: Config, stage: str) -> Prepared:
     Writes nothing and refuses no row; `config.model.path` must be filled in.
     """
     check_kernel(config.model.attention)
-    mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = meshes.make_mesh(**dict(config.mesh))
     shape = _shape(config, stage, mesh)
     folder = hub.resolve(config.model.path, config.model.revision)
     arch = huggingface.load_architecture(folder)
     decoder.check_length(arch, config.data.max_length)
+    decoder.check_mesh(arch, mesh)
     trainable.trained_names(arch, config)  # refuses now what nothing could train with
     tokenizer = chat.load_tokenizer(folder, config.model.chat_template)
     source = Source(folder, arch, tokenizer, mesh, config)
@@ -266,7 +267,7 @@ def _train(prepared: Prepared, out: Path) -> int:
     state = step.init_state(transform, trained, mesh, resident=resident)
     del params, trained
     iterator = pipeline.steps(items, rows_of, shape, config.data.prefetch, own)
-    checkpoints = Checkpoints(out / "checkpoints", config.train.keep)
+    checkpoints = Checkpoints(out / "checkpoints", config.train.keep, state)
     tokens_before, window_before, recent_before, owed = 0, [], [], False
     latest = checkpoints.latest()
     if latest is not None:
@@ -314,7 +315,9 @@ def _train(prepared: Prepared, out: Path) -> int:
             f"stopped at step {int(state.step)} of {steps}; the same command continues", flush=True
         )
         return 128 + stopped
-    _export(config, source, trainable.join(state.params, frozen), out / "model")
+    params = trainable.join(state.params, frozen)
+    del state  # the moments' memory, before the export asks for its own
+    _export(config, source, params, out / "model")
     return 0
 
 
@@ -372,11 +375,12 @@ def _shape(config: Config, stage: str, mesh: Mesh) -> Shape:
     if config.train.micro_rows % shards:
         raise ValueError(
             f"train.micro_rows={config.train.micro_rows}: must be a multiple of the {shards} "
-            "shards that the mesh cuts rows into (mesh.data x mesh.fsdp)"
+            "shards that the mesh cuts rows into (mesh.slice x mesh.data x mesh.fsdp)"
         )
-    length = pipeline.row_length(config.data, row_kind(config, stage))
+    length = pipeline.row_length(config.data, row_kind(config, stage), mesh.shape["sequence"])
     layout = config.srpo.layout if stage == "srpo" else "shared"
-    return Shape(length, config.train.micro_rows, layout, config.data.row_buckets)
+    buckets, unit = config.data.row_buckets, mesh.shape["sequence"]
+    return Shape(length, config.train.micro_rows, layout, buckets, unit)
 
 
 def _read(config: Config, stage: str, source: Source, shape: Shape, rows_of) -> Read:

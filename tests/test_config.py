@@ -24,7 +24,10 @@ from saro_jax.config import (
     recipe_path,
 )
 
-RECIPES = ("quickstart", "smollm2_135m", "qwen2.5_0.5b", "llama3.1_8b", "llama3.1_8b_lora")
+RECIPES = (
+    *("quickstart", "smollm2_135m", "qwen2.5_0.5b", "llama3.1_8b", "llama3.1_8b_lora"),
+    *("llama3.1_70b", "llama3.2_1b", "llama3.2_1b_lora", "qwen2.5_7b", "qwen3_8b"),
+)
 RECIPE = """\
 # a recipe
 model:
@@ -299,7 +302,7 @@ def test_both_stages_are_checked_whichever_runs():
 
 def test_what_is_no_recipe():
     assert message("configs/none.yaml").startswith(
-        "configs/none.yaml: no such recipe; the packaged ones are llama3.1_8b, "
+        "configs/none.yaml: no such recipe; the packaged ones are llama3.1_70b, "
     )
     assert message("quickstar") == (
         "--config=quickstar: unknown recipe; did you mean 'quickstart'?"

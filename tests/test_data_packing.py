@@ -194,6 +194,13 @@ def test_blocks_have_the_smallest_length_that_holds_their_rows():
     assert found == list(range(6))
 
 
+def test_row_lengths_are_multiples_of_the_unit():
+    items = [tiny.item(i, 1, 1 + i, 3) for i in (0, 40, 50, 60, 80, 90)]
+    shape = packing.Shape(96, 2, "shared", 4, unit=16)  # parts of 24 would not be
+    assert [block.tokens.shape[1] for block in packed(items, **shape._asdict())] == [96, 96, 64]
+    assert {packing.round_up(n, 16) for n in (17, 31, 32)} == {32} and packing.round_up(7, 1) == 7
+
+
 def test_one_bucket_gives_rows_of_the_whole_length():
     for block in packed(tiny.items("preference")):
         assert block.tokens.shape == (2, 128)

@@ -6,10 +6,22 @@ import numpy as np
 import pytest
 import tiny
 
+from saro_jax.config import DataConfig
 from saro_jax.data import packing, pipeline
 
 ITEMS = tiny.items("preference")
 SHAPE = pipeline.Shape(96, 2, "shared", 2)
+
+
+def test_row_lengths_divide_by_the_shards_of_a_row():
+    short = DataConfig(train="x", max_length=33)
+    assert pipeline.row_length(short, "sft") == 66
+    assert pipeline.row_length(short, "sft", 4) == 68
+    given = DataConfig(train="x", max_length=33, row_length=100)
+    assert pipeline.row_length(given, "sft", 4) == 100
+    words = r"^data\.row_length=100: must be a multiple of mesh\.sequence=8, .*; 104 is the next$"
+    with pytest.raises(ValueError, match=words):
+        pipeline.row_length(given, "sft", 8)
 
 
 def plan(items=ITEMS, batch_rows=3, window=1, shape=SHAPE, **options):
@@ -124,7 +136,7 @@ def test_without_shuffle_the_window_moves_nothing():
 
 def test_a_process_lays_out_its_own_rows_of_the_same_steps(monkeypatch):
     """The parts of two processes make the whole; what the plan says of all rows is in both."""
-    whole = take(steps(), 6)
+    whole = [list(packing.blocks(ITEMS, plan()(k), SHAPE)) for k in range(6)]
     laid_out = []
     lay_out = packing.lay_out
     monkeypatch.setattr(packing, "lay_out", lambda *a: laid_out.append(a[1]) or lay_out(*a))
@@ -137,7 +149,8 @@ def test_a_process_lays_out_its_own_rows_of_the_same_steps(monkeypatch):
         mine = [block.item[own] for step in parts[-1] for block in step]
         assert sorted(laid_out) == sorted(i for item in mine for i in item[item >= 0])
         assert laid_out
-        same(take(pipeline.steps(ITEMS, plan(), SHAPE, 2, np.array(own)), 6), parts[-1])
+    for own, part in zip(([True, False], [False, True]), parts, strict=True):
+        same(take(pipeline.steps(ITEMS, plan(), SHAPE, 2, np.array(own)), 6), part)
     for both, step in zip(zip(*parts, strict=True), whole, strict=True):
         for blocks_of in zip(*both, step, strict=True):
             for name in packing.Rows._fields:

@@ -272,7 +272,7 @@ found = {}
 def note(what, tree, mesh):
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = sharding.path_name(path)
-        spec = sharding.spec(name, leaf.shape)
+        spec = sharding.spec(name, leaf.shape, mesh.shape)
         expected = jax.sharding.NamedSharding(mesh, spec)
         part = leaf.sharding.shard_shape(leaf.shape)
         if part != expected.shard_shape(leaf.shape):
@@ -312,15 +312,17 @@ specs.write_text(json.dumps(found))
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("axes", "more"),
     [
-        (),
+        (("data", "fsdp", "tensor"), ()),
         pytest.param(
-            ("--lora.rank=4", "--lora.targets=all", "--train.freeze=mlp"), marks=pytest.mark.slow
+            ("fsdp", "sequence", "tensor"),
+            ("--lora.rank=4", "--lora.targets=all", "--train.freeze=mlp"),
+            marks=pytest.mark.slow,
         ),
     ],
 )
-def test_sharded_over_eight_devices_equals_one_device(more, tmp_path, monkeypatch):
+def test_sharded_over_eight_devices_equals_one_device(axes, more, tmp_path, monkeypatch):
     tiny.folder()
     monkeypatch.setattr(train.huggingface, "logits_match", lambda *_: None)
     one, eight, specs = tmp_path / "one", tmp_path / "eight", tmp_path / "specs.json"
@@ -328,7 +330,7 @@ def test_sharded_over_eight_devices_equals_one_device(more, tmp_path, monkeypatc
     options = ("--train.micro_rows=4", "--optimizer.eps=1e-3", "--train.save_every=1", *more)
     assert train.main(tiny.arguments("srpo", one, *options)) == 0
     mesh = (
-        *(f"--mesh.{axis}=2" for axis in meshes.AXES),
+        *(f"--mesh.{axis}=2" for axis in axes),
         f"--srpo.reference_cache={tmp_path / 'reference'}",
     )
     arguments = json.dumps(tiny.arguments("srpo", eight, *options, *mesh))

@@ -14,9 +14,15 @@ from saro_jax.models import decoder, lora
 from saro_jax.models.architecture import from_hf
 from saro_jax.parallel import mesh as meshes
 from saro_jax.parallel import sharding
+from saro_jax.parallel.sharding import SHARDS, WIDE
 from saro_jax.training import optimizer
 
-MESH: Any = AbstractMesh((2, 2, 2), meshes.AXES)
+
+def mesh_of(**sizes) -> Any:
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in meshes.AXES), meshes.AXES)
+
+
+MESH = mesh_of(data=2, fsdp=2, tensor=2)
 FAMILIES = {
     "llama": {},
     "untied": {"tie_word_embeddings": False},
@@ -48,17 +54,20 @@ def test_every_matrix_is_cut_along_both_axes_and_the_rest_whole(family):
         elif name.endswith("bias"):
             assert spec in (P(), P(None, "tensor")), name
         else:
-            assert {axis for axis in spec if axis} == {"fsdp", "tensor"}, name
+            axes = [(part,) if isinstance(part, str) else part or () for part in spec]
+            assert {axis for part in axes for axis in part} == {*SHARDS, "tensor"}, name
 
 
 def test_the_table():
     found = specs(shapes("biases"))
-    assert found["model/embed_tokens/weight"] == P("tensor", "fsdp")
+    assert found["model/embed_tokens/weight"] == P("tensor", SHARDS)
     for name in ("self_attn/q_proj", "self_attn/v_proj", "mlp/gate_proj", "mlp/up_proj"):
-        assert found[f"model/layers/{name}/weight"] == P(None, "fsdp", "tensor")
+        cut = P(None, SHARDS, "tensor") if "attn" in name else P(None, None, WIDE)
+        assert found[f"model/layers/{name}/weight"] == cut
         assert found[f"model/layers/{name}/bias"] == P(None, "tensor")
     for name in ("self_attn/o_proj", "mlp/down_proj"):
-        assert found[f"model/layers/{name}/weight"] == P(None, "tensor", "fsdp")
+        cut = P(None, "tensor", SHARDS) if "attn" in name else P(None, WIDE, None)
+        assert found[f"model/layers/{name}/weight"] == cut
         assert found[f"model/layers/{name}/bias"] == P()
 
 
@@ -88,11 +97,11 @@ def test_a_parameter_without_a_rule_is_an_error():
         sharding.shardings(MESH, tree)
     # A name that only contains a known one has no rule either.
     with pytest.raises(ValueError, match="no sharding rule"):
-        sharding.spec("model/layers/mlp/gate_proj/weight_scale", (2, 4))
+        sharding.spec("model/layers/mlp/gate_proj/weight_scale", (2, 4), MESH.shape)
 
 
 def test_scalars_are_replicated():
-    assert sharding.spec("anything", ()) == P()
+    assert sharding.spec("anything", (), MESH.shape) == P()
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
@@ -108,18 +117,43 @@ def test_optimizer_moments_lie_where_their_parameters_do(name):
 
 
 def test_an_axis_that_does_not_divide_is_named():
-    mesh: Any = AbstractMesh((1, 7, 1), meshes.AXES)
     with pytest.raises(ValueError, match=r"64 does not divide by mesh\.fsdp=7$"):
-        sharding.shardings(mesh, shapes())
+        sharding.shardings(mesh_of(fsdp=7), shapes())
+    with pytest.raises(ValueError, match=r"does not divide by mesh\.fsdp=4 x mesh\.sequence=32$"):
+        sharding.shardings(mesh_of(fsdp=4, sequence=32), shapes())
+
+
+def test_sequence_shards_cut_the_weights_too():
+    name, shape = "model/layers/self_attn/q_proj/weight", (2, 64, 96)
+    place = jax.sharding.NamedSharding(mesh_of(fsdp=2, sequence=4, tensor=2), P(None, SHARDS))
+    assert place.shard_shape(shape) == (2, 8, 96)
+    assert sharding.spec(name, shape, place.mesh.shape) == P(None, SHARDS, "tensor")
+
+
+def test_a_vocabulary_that_does_not_divide_leaves_the_tables_cut_along_their_width():
+    sizes = mesh_of(fsdp=2, tensor=8).shape  # 300 tokens
+    for name in ("model/embed_tokens/weight", "lm_head/weight"):
+        assert sharding.spec(name, (300, 64), sizes) == P(None, (*SHARDS, "tensor"))
+    assert sharding.spec("lora/lm_head/lora_B", (4, 300), sizes) == P()
+    assert sharding.spec("lora/lm_head/lora_B", (4, 304), sizes) == P(None, "tensor")
+    with pytest.raises(ValueError, match=r"96 does not divide by mesh\.tensor=64$"):
+        sharding.shardings(mesh_of(tensor=64), shapes())
+
+
+def test_heads_that_do_not_divide_are_refused():
+    sharding.check_heads(12, mesh_of(fsdp=8, tensor=2, sequence=3).shape)
+    words = r"^mesh\.tensor=2 x mesh\.sequence=4: the model's 12 attention heads .* divide by 8$"
+    with pytest.raises(ValueError, match=words):
+        sharding.check_heads(12, mesh_of(fsdp=8, tensor=2, sequence=4).shape)
 
 
 def test_rows_are_cut_over_data_and_fsdp():
-    assert sharding.rows(meshes.make_mesh()).spec == P(("data", "fsdp"))
+    assert sharding.rows(meshes.make_mesh()).spec == P(("slice", "data", "fsdp"))
 
 
 def test_activations_are_constrained_only_where_a_mesh_is_set():
     def program():
-        return jax.jit(sharding.constrain_rows).lower(jnp.zeros((8, 4))).as_text()
+        return jax.jit(sharding.constrain_rows).lower(jnp.zeros((8, 4, 2))).as_text()
 
     assert "sharding_constraint" not in program()
     with jax.set_mesh(meshes.make_mesh()):

@@ -635,6 +635,8 @@ def settings(root: Path) -> dict[str, tuple]:
         "mesh.data": ("rw", str(many)),
         "mesh.fsdp": ("rw", str(many)),
         "mesh.tensor": ("rw", str(many)),
+        "mesh.sequence": ("rw", str(many)),
+        "mesh.slice": ("rw", str(many)),
         "seed": ("rw", "1"),
     }
 

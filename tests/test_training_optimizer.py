@@ -1,5 +1,6 @@
 """The optimizer: schedules at known steps, and updates against the formulas written out."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -101,3 +102,19 @@ def test_a_limit_of_0_does_not_clip():
     found = updated(steps=1, name="sgd", weight_decay=0.0, max_grad_norm=0.0)
     x, g = np.asarray(PARAMS["w"]["weight"]), np.asarray(GRADIENTS[0]["w"]["weight"])
     np.testing.assert_allclose(found["w"]["weight"], x - 0.1 * g, rtol=1e-6)
+
+
+def test_moments_are_float32_from_the_start_whatever_the_weights_are():
+    transform = optimizer.make(OptimizerConfig(), 10)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    state = transform.init(params)
+    after = transform.update(GRADIENTS[0], state, params)[1]
+    assert [x.dtype for x in jax.tree.leaves(after)] == [x.dtype for x in jax.tree.leaves(state)]
+    assert {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim} == {jnp.dtype("float32")}
+
+
+def test_clipping_equals_that_of_optax():
+    for most in (0.5, 100.0):
+        ours, theirs = optimizer.clip_by_global_norm(most), optax.clip_by_global_norm(most)
+        a, b = (t.update(GRADIENTS[0], t.init(PARAMS))[0] for t in (ours, theirs))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), a, b)

@@ -144,22 +144,31 @@ def first_fit(lengths: Sequence[int], capacity: int, most: int) -> list[list[int
     return bins
 
 
+def round_up(x: int, to: int) -> int:
+    """The least multiple of `to` that is not below x."""
+    return -(-x // to) * to
+
+
 class Shape(NamedTuple):
-    """How items become blocks: tokens and number of their rows, layout, number of row lengths."""
+    """How items become blocks: tokens and number of their rows, layout, number of row lengths.
+
+    Row lengths are multiples of `unit`, and `row_length` is one.
+    """
 
     row_length: int
     rows: int
     layout: str
     buckets: int = 1
+    unit: int = 1
 
     @property
     def part(self) -> int:
         """What the row lengths are multiples of (the longest is `row_length` itself)."""
-        return -(-self.row_length // self.buckets)
+        return round_up(-(-self.row_length // self.buckets), self.unit)
 
     def bucket(self, used: int) -> int:
         """The smallest row length that holds `used` tokens."""
-        return min(self.row_length, -(-used // self.part) * self.part)
+        return min(self.row_length, round_up(used, self.part))
 
 
 def computed_tokens(used: Sequence[int], shape: Shape) -> int:
@@ -266,10 +275,11 @@ def pack(
     rows: int,
     layout: str,
     buckets: int = 1,
+    unit: int = 1,
     own: np.ndarray | None = None,
 ) -> Iterator[Rows]:
     """Blocks that hold items[i] for i in indices, each exactly once: `arrange`, then `blocks`."""
-    shape = Shape(row_length, rows, layout, buckets)
+    shape = Shape(row_length, rows, layout, buckets, unit)
     yield from blocks(items, arrange(items, list(indices), shape), shape, own)
 
 

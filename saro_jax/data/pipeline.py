@@ -15,14 +15,24 @@ import numpy as np
 
 from saro_jax.config import DataConfig
 from saro_jax.data import rows as rows_file
-from saro_jax.data.packing import Shape, blocks, deal, laid_out_length
+from saro_jax.data.packing import Shape, blocks, deal, laid_out_length, round_up
 from saro_jax.data.rows import Reject, StageKind
 from saro_jax.data.tokenise import Item, Scope, tokenise
 
 
-def row_length(config: DataConfig, kind: StageKind) -> int:
-    """Tokens of a packed row: given, or room for two conversations or two pairs of any length."""
-    return config.row_length or config.max_length * (4 if kind == "preference" else 2)
+def row_length(config: DataConfig, kind: StageKind, sequence: int = 1) -> int:
+    """Tokens of a packed row: given, or room for two conversations or two pairs of any length.
+
+    sequence: shards of a row, mesh.sequence; a given length that they do not divide is refused.
+    """
+    if config.row_length is None:
+        return round_up(config.max_length * (4 if kind == "preference" else 2), sequence)
+    if config.row_length % sequence:
+        raise ValueError(
+            f"data.row_length={config.row_length}: must be a multiple of mesh.sequence={sequence}, "
+            f"the shards of each row; {round_up(config.row_length, sequence)} is the next"
+        )
+    return config.row_length
 
 
 def read_items(

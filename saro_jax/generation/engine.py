@@ -106,7 +106,7 @@ def generate(
     with tqdm(total=len(prompts), unit="prompt", disable=not progress) as bar:
         for batch in batches([len(prompt) for prompt in prompts], batch_size):
             tokens, lengths, slots = _padded([prompts[i] for i in batch], max_new_tokens)
-            state = _complete(
+            state = complete(
                 arch,
                 weights,
                 tokens,
@@ -200,10 +200,10 @@ def cache_slots(tokens: int) -> int:
 
 
 @partial(jax.jit, static_argnames=("arch", "sampling", "new", "slots", "dtype"))
-def _complete(
+def complete(
     arch, weights, tokens_BS, length_B, request_B, key, stops_V, *, sampling, new, slots, dtype
 ):
-    """(stopped, last length, ids, log-probs) of every row of a batch."""
+    """The compiled loop of `generate`: (stopped, last length, ids, log-probs) of every row."""
     B = tokens_BS.shape[0]
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, request_B)
 

@@ -9,18 +9,22 @@ window. So a row can hold several examples, and an example can hold one prefix w
 branches, without any of them seeing another.
 """
 
+import math
+from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from saro_jax.models.remat import ATTENTION, store
+from saro_jax.parallel.sharding import HEADS, ROWS, axis_parts, constrain_heads, gather_heads
 
 F32 = jnp.float32
 NEGATIVE = -1e30  # a finite "minus infinity": (NEGATIVE - NEGATIVE) stays a number
 BLOCK = 64  # on a CPU as fast as 128 a block, and less of it is masked (docs/log.md)
-SAVED = ("attention", "logsumexp")  # names of what the backward pass needs of the forward one
 LONGEST = 2**25  # bytes of the keys' and values' gradients of one row and head that `flash` holds
 
 Kernel = Literal["auto", "xla", "flash", "interpret"]
@@ -107,6 +111,41 @@ def _masked_scores(q_BKqH, k_BKkH, scale, softcap, visible_Bqk) -> jax.Array:
     return jnp.where(jnp.tile(visible_Bqk, (1, groups, 1))[:, None], s, NEGATIVE)
 
 
+def over_mesh(run: Callable[..., Any], inputs: tuple[Any, ...], results: Any) -> Callable[..., Any]:
+    """`run` of each device's rows and heads, where a mesh is set.
+
+    Left to the compiler, a kernel is not cut at all, and the loops of this file run over the blocks
+    that any row of the batch needs.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return run
+    return jax.shard_map(run, in_specs=inputs, out_specs=results, check_vma=False)
+
+
+def partitions(q_BTNH, k_BTKH) -> tuple[Any, Any]:
+    """The axes of the mesh that cut rows and heads; None where a number does not divide.
+
+    Every device of axes that do not cut computes the whole.
+    """
+    rows = ROWS if q_BTNH.shape[0] % axis_parts(ROWS) == 0 else None
+    heads = HEADS if k_BTKH.shape[2] % axis_parts(HEADS) == 0 else None
+    return rows, heads
+
+
+def _whole_rows(q_BTNH, k_BTKH, v_BTKH):
+    """q, k and v with all tokens of some heads on each device of the mesh.
+
+    Where there are fewer key heads than devices (or they do not divide), each is repeated for the
+    devices whose queries it serves: query head n of N reads key head n * K // N before and after.
+    """
+    K = k_BTKH.shape[2]
+    copies = math.lcm(K, axis_parts(HEADS)) // K
+    q_BTNH, kv = constrain_heads(q_BTNH), (k_BTKH, v_BTKH)
+    if copies > 1:
+        kv = (jnp.repeat(gather_heads(x), copies, axis=2) for x in kv)
+    return q_BTNH, *map(constrain_heads, kv)
+
+
 def _grouped(x_BTNH: jax.Array, heads: int, blocks: int) -> jax.Array:
     """[B, T, N, H] -> [blocks, B, K, G*q, H]: the queries of one key head side by side."""
     B, T, N, H = x_BTNH.shape
@@ -158,18 +197,37 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, block):
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _blockwise(q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, block):
-    return _forward(q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, block)[0]
+    return _blockwise_fwd(q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, block)[0]
 
 
 def _blockwise_fwd(q, k, v, tokens, window, scale, softcap, block):
-    out, lse = _forward(q, k, v, tokens, window, scale, softcap, block)
+    rows, heads = partitions(q, k)
+    arrays = P(rows, None, heads)
+    run = over_mesh(
+        partial(_forward, scale=scale, softcap=softcap, block=block),
+        (arrays, arrays, arrays, P(rows), P()),
+        (arrays, P(None, rows, heads)),
+    )
+    out, lse = run(q, k, v, tokens, window)
     # Named here, where both are residuals: remat that saves them does not run the forward again.
-    out, lse = checkpoint_name(out, SAVED[0]), checkpoint_name(lse, SAVED[1])
+    out, lse = store(out, ATTENTION[0]), store(lse, ATTENTION[1])
     return out, (q, k, v, tokens, window, out, lse)
 
 
 def _blockwise_bwd(scale, softcap, block, residuals, dout_BTNH):
-    q_BTNH, k_BTKH, v_BTKH, tokens, window, out_BTNH, lse = residuals
+    rows, heads = partitions(*residuals[:2])
+    arrays, statistics = P(rows, None, heads), P(None, rows, heads)
+    run = over_mesh(
+        partial(_backward, scale=scale, softcap=softcap, block=block),
+        (arrays, arrays, arrays, P(rows), P(), arrays, statistics, arrays),
+        (arrays, arrays, arrays),
+    )
+    return *run(*residuals, dout_BTNH), None, None
+
+
+def _backward(
+    q_BTNH, k_BTKH, v_BTKH, tokens, window, out_BTNH, lse, dout_BTNH, scale, softcap, block
+):
     B, T, _, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     blocks = T // block
@@ -214,7 +272,7 @@ def _blockwise_bwd(scale, softcap, block, residuals, dout_BTNH):
     (dk, dv), dq = lax.scan(one_query_block, (zeros, zeros), (index, q, dout, lse, delta))
     dk_BTKH = dk.transpose(0, 2, 1, 3).astype(k_BTKH.dtype)
     dv_BTKH = dv.transpose(0, 2, 1, 3).astype(v_BTKH.dtype)
-    return _ungrouped(dq, block), dk_BTKH, dv_BTKH, None, None
+    return _ungrouped(dq, block), dk_BTKH, dv_BTKH
 
 
 _blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
@@ -277,6 +335,7 @@ def attend(
     `flash.py`, for TPUs; auto = flash on a TPU, else xla; interpret = the bodies of the fused
     kernels as XLA operations, on any device, for tests.
     """
+    q_BTNH, k_BTKH, v_BTKH = _whole_rows(q_BTNH, k_BTKH, v_BTKH)
     if _fused(kernel, q_BTNH.shape[1], q_BTNH.shape[3]):
         from saro_jax.models import flash  # here, for it imports this file, and Pallas takes time
 

@@ -16,24 +16,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
+from saro_jax.models import embedding
 from saro_jax.models.architecture import Architecture, inverse_frequencies
-from saro_jax.models.attention import SAVED as SAVED_ATTENTION
 from saro_jax.models.attention import Kernel, Tokens, attend, attend_cache
 from saro_jax.models.dot import dot
 from saro_jax.models.lora import Adapters, LowRank
-from saro_jax.parallel.sharding import constrain_rows, whole_columns
+from saro_jax.models.remat import recompute, store
+from saro_jax.parallel.sharding import check_heads, constrain_rows, shardings
 
 Params = dict[str, Any]
 F32 = jnp.float32
 NO_WINDOW = 2**30
-# What the remat policies keep of a layer beside its input (`attend` names its own residuals).
-SAVED = {
-    "full": (),
-    "attention": SAVED_ATTENTION,
-    "dots": ("q", "k", "v", *SAVED_ATTENTION, "gate", "up"),
-}
 
 
 class Cache(NamedTuple):
@@ -92,15 +87,22 @@ class Attention(nnx.Module):
         """`mix` turns (q, k, v) of this layer into the attention output and whatever it carries."""
         B, T, _ = x_BTD.shape
         low = adapters.get
-        q = self.q_proj(x_BTD, low("q_proj")).reshape(B, T, arch.num_heads, arch.head_dim)
-        k = self.k_proj(x_BTD, low("k_proj")).reshape(B, T, arch.num_kv_heads, arch.head_dim)
-        v = self.v_proj(x_BTD, low("v_proj")).reshape(B, T, arch.num_kv_heads, arch.head_dim)
+
+        def projected(projection: Weight, name: str, heads: int):
+            # Cut by token as x is, or the compiler would cut the product as attention wants it.
+            x_BTI = constrain_rows(projection(x_BTD, low(name)), "tensor")
+            return x_BTI.reshape(B, T, heads, arch.head_dim)
+
+        q = projected(self.q_proj, "q_proj", arch.num_heads)
+        k = projected(self.k_proj, "k_proj", arch.num_kv_heads)
+        v = projected(self.v_proj, "v_proj", arch.num_kv_heads)
         if arch.qk_norm:
             q, k = self.q_norm(q, arch), self.k_norm(k, arch)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
+        q, k, v = store(q, "q"), store(k, "k"), store(v, "v")
         out_BTNH, carried = mix(q, k, v)
-        return self.o_proj(out_BTNH.reshape(B, T, -1), low("o_proj")), carried
+        out_BTI = constrain_rows(out_BTNH.reshape(B, T, -1), "tensor")
+        return self.o_proj(out_BTI, low("o_proj")), carried
 
 
 class Mlp(nnx.Module):
@@ -112,8 +114,8 @@ class Mlp(nnx.Module):
 
     def __call__(self, x_BTD, arch: Architecture, adapters: dict[str, LowRank]) -> jax.Array:
         low = adapters.get
-        gate = checkpoint_name(self.gate_proj(x_BTD, low("gate_proj")), "gate").astype(F32)
-        up = checkpoint_name(self.up_proj(x_BTD, low("up_proj")), "up").astype(F32)
+        gate = store(self.gate_proj(x_BTD, low("gate_proj")), "gate").astype(F32)
+        up = store(self.up_proj(x_BTD, low("up_proj")), "up").astype(F32)
         h_BTF = (_activation(gate, arch.hidden_act) * up).astype(x_BTD.dtype)
         return self.down_proj(h_BTF, low("down_proj"))
 
@@ -198,6 +200,12 @@ def check_length(arch: Architecture, length: int) -> None:
             )
 
 
+def check_mesh(arch: Architecture, mesh: Mesh) -> None:
+    """Refuse, in one line, a mesh whose axes do not divide the heads or the matrices."""
+    check_heads(arch.num_heads, mesh.shape)
+    shardings(mesh, abstract_params(arch))
+
+
 def head(arch: Architecture, params: Params) -> jax.Array:
     """The output matrix [V, D]: the embedding table itself where the two are tied."""
     return (params["model"]["embed_tokens"] if arch.tie_word_embeddings else params["lm_head"])[
@@ -210,7 +218,9 @@ def rotate(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Arr
     x = x_BTNH.astype(F32)
     a, b = jnp.split(x, 2, axis=-1)
     cos, sin = cos_BTH[:, :, None], sin_BTH[:, :, None]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
+    # Rounded before they are joined, which is the same and moves half the bytes.
+    halves = (a * cos - b * sin).astype(x_BTNH.dtype), (b * cos + a * sin).astype(x_BTNH.dtype)
+    return jnp.concatenate(halves, -1)
 
 
 def _rope_tables(arch: Architecture, position_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -230,18 +240,10 @@ def _activation(x: jax.Array, name: str) -> jax.Array:
     return jax.nn.gelu(x, approximate=name == "gelu_tanh")
 
 
-def _remat(body, policy: str):
-    if policy == "none":
-        return body
-    save = jax.checkpoint_policies.save_only_these_names(*SAVED[policy])
-    return jax.checkpoint(body, policy=save, prevent_cse=False)
-
-
 def _enter(arch: Architecture, params: Params, tokens_BT, position_BT, dtype):
     """The module, the embedded tokens [B, T, D], and per layer: window and RoPE tables."""
     model = _module(arch, params).model
-    table_VD = whole_columns(model.embed_tokens.weight[...])
-    x_BTD = table_VD[tokens_BT].astype(dtype)
+    x_BTD = embedding.lookup(model.embed_tokens.weight[...], tokens_BT, dtype)
     if arch.embed_scale != 1.0:
         x_BTD = x_BTD * jnp.asarray(arch.embed_scale, dtype)
     cos, sin = _rope_tables(arch, position_BT)
@@ -279,6 +281,7 @@ def forward(
 
     def body(x_BTD, scanned):
         layer, window, variant, *low = scanned
+        x_BTD = store(x_BTD, "input")
 
         def mix(q, k, v):
             scale, cap = arch.attention_scale, arch.attention_softcap
@@ -290,7 +293,7 @@ def forward(
     scanned = (model.layers, windows, variants)
     if adapters is not None:
         scanned += (adapters.layers(), jnp.arange(arch.num_layers))
-    x_BTD, _ = lax.scan(_remat(body, remat), x_BTD, scanned)
+    x_BTD, _ = lax.scan(recompute(body, remat), x_BTD, scanned)
     return model.norm(x_BTD, arch)
 
 

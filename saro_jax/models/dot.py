@@ -14,11 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from saro_jax.parallel.sharding import axis_parts
+
 F32 = jnp.float32
 
 
 def _rows(x: jax.Array) -> jax.Array:
-    return x.reshape(-1, x.shape[-1])
+    """x as a matrix, unless a mesh cuts both rows and tokens: their product could not be cut."""
+    return x if axis_parts("sequence") > 1 else x.reshape(-1, x.shape[-1])
 
 
 def row_major(x: jax.Array) -> jax.Array:
@@ -42,8 +45,9 @@ def dot(x: jax.Array, w_IO: jax.Array) -> jax.Array:
 
 
 def _forward(x: jax.Array, w_IO: jax.Array) -> jax.Array:
-    w = w_IO.astype(x.dtype)
-    y = lax.dot_general(_rows(x), w, (((1,), (0,)), ((), ())), preferred_element_type=F32)
+    w, rows = w_IO.astype(x.dtype), _rows(x)
+    last = rows.ndim - 1
+    y = lax.dot_general(rows, w, (((last,), (0,)), ((), ())), preferred_element_type=F32)
     return y.astype(x.dtype).reshape(*x.shape[:-1], w.shape[1])
 
 
@@ -54,15 +58,14 @@ def _dot_fwd(x, w_IO):
 def _dot_bwd(residuals, dy):
     x, w_IO = residuals
     w = w_IO.astype(x.dtype)
-    dx = lax.dot_general(_rows(dy), w, (((1,), (1,)), ((), ())), preferred_element_type=F32)
+    rows, dy_rows = _rows(x), _rows(dy)
+    last = rows.ndim - 1
+    dx = lax.dot_general(dy_rows, w, (((last,), (1,)), ((), ())), preferred_element_type=F32)
     dx = dx.astype(x.dtype).reshape(x.shape)
-    dw = lax.dot_general(
-        row_major(_rows(x).T),
-        _rows(dy),
-        (((1,), (0,)), ((), ())),
-        preferred_element_type=F32,
-    ).astype(w_IO.dtype)
-    return dx, dw
+    left, axes = (row_major(rows.T), (1,)) if last == 1 else (rows, tuple(range(last)))
+    contracted = (axes, tuple(range(last)))
+    dw = lax.dot_general(left, dy_rows, (contracted, ((), ())), preferred_element_type=F32)
+    return dx, dw.astype(w_IO.dtype)
 
 
 dot.defvjp(_dot_fwd, _dot_bwd)

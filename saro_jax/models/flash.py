@@ -14,19 +14,18 @@ over sublanes, the cheap direction of a TPU.
 
 import math
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
-from saro_jax.models.attention import NEGATIVE, Tokens
-from saro_jax.parallel.sharding import ROWS
+from saro_jax.models.attention import NEGATIVE, Tokens, over_mesh, partitions
+from saro_jax.models.remat import ATTENTION, store
 
 F32, I32 = jnp.float32, jnp.int32
 LANES = 128
@@ -424,24 +423,9 @@ def _run_backward(q_BTNH, k_BTKH, v_BTKH, tokens, window, out_BTNH, lse, dout_BT
     return _token_major(dq, T), dk, dv
 
 
-def _over_mesh(run, rows: tuple[Any, ...], results: tuple[P, ...]):
-    """`run` of each device's rows and heads, where a mesh is set; a kernel is not partitioned."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return run
-    return jax.shard_map(run, in_specs=rows, out_specs=results, check_vma=False)
-
-
 def _partitions(q_BTNH, k_BTKH) -> tuple[P, P, P]:
-    """How the devices of the mesh share (arrays [B, T, N, H], ids [B, T], statistics [B, K, ...]).
-
-    Rows over data and fsdp, key heads over tensor; where a number does not divide, every device
-    of that axis computes the whole.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes = dict(mesh.shape) if not mesh.empty else {}
-    shards = math.prod(sizes.get(axis, 1) for axis in ROWS)
-    rows = ROWS if q_BTNH.shape[0] % shards == 0 else None
-    heads = "tensor" if k_BTKH.shape[2] % sizes.get("tensor", 1) == 0 else None
+    """How the mesh cuts (arrays [B, T, N, H], ids [B, T], statistics [B, K, ...])."""
+    rows, heads = partitions(q_BTNH, k_BTKH)
     return P(rows, None, heads, None), P(rows), P(rows, heads)
 
 
@@ -452,14 +436,14 @@ def _flash(q_BTNH, k_BTKH, v_BTKH, tokens, window, shape):
 
 def _flash_fwd(q_BTNH, k_BTKH, v_BTKH, tokens, window, shape):
     arrays, ids, statistics = _partitions(q_BTNH, k_BTKH)
-    run = _over_mesh(
+    run = over_mesh(
         partial(_run_forward, shape=shape),
         (arrays, arrays, arrays, ids, P()),
         (arrays, statistics),
     )
     out_BTNH, lse = run(q_BTNH, k_BTKH, v_BTKH, tokens, window)
     # Named here, where both are residuals: a policy that saves them never runs the kernel again.
-    out_BTNH, lse = checkpoint_name(out_BTNH, "attention"), checkpoint_name(lse, "logsumexp")
+    out_BTNH, lse = store(out_BTNH, ATTENTION[0]), store(lse, ATTENTION[1])
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, tokens, window, out_BTNH, lse)
 
 
@@ -467,7 +451,7 @@ def _flash_bwd(shape, residuals, dout_BTNH):
     q_BTNH, k_BTKH = residuals[:2]
     arrays, ids, statistics = _partitions(q_BTNH, k_BTKH)
     inputs = (arrays, arrays, arrays, ids, P(), arrays, statistics, arrays)
-    run = _over_mesh(partial(_run_backward, shape=shape), inputs, (arrays, arrays, arrays))
+    run = over_mesh(partial(_run_backward, shape=shape), inputs, (arrays, arrays, arrays))
     return *run(*residuals, dout_BTNH), None, None
 
 

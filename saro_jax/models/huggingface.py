@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from saro_jax.models import decoder, gguf, lora
 from saro_jax.models.architecture import Architecture, from_hf
@@ -78,8 +78,9 @@ def load_params(
     Every leaf is set exactly once and every key of the files is used, or it is a ValueError.
     `dtype`: of all leaves, or a tree like the parameters of `jax.ShapeDtypeStruct`.
     `shardings`: a tree like the parameters, of `jax.sharding.Sharding`; None puts every leaf on
-    the default device. One stacked leaf at a time is filled, one tensor at a time is read, so the
-    host holds one leaf and one tensor beyond what already is on the devices.
+    the default device. Of one leaf at a time the parts of this process' devices are filled, from a
+    few rows of a tensor at a time: beyond those parts the host holds `weights.BLOCK` bytes (of a
+    .gguf file, one tensor), and on a CPU the parts are the devices' own memory.
     """
     path = Path(path)
     tensors = gguf.read_tensors(path) if path.suffix == ".gguf" else read_folder(path)
@@ -90,20 +91,50 @@ def load_params(
     places = [None] * len(leaves) if shardings is None else tree.flatten_up_to(shardings)
     out = []
     for (where, leaf), place in zip(leaves, places, strict=True):
-        host = _aligned(leaf.shape, np.dtype(leaf.dtype))
-        rows = host if _key(where).startswith(_LAYERS) else host[None]
-        for row, key in zip(rows, keys[_key(where)], strict=True):
-            data = tensors[key].read()
-            row[...] = data.T if key.endswith(_TRANSPOSED) else data
-        # On CPU the result may share `host`, which nobody writes to again; XLA copies instead of
-        # donating a buffer that it does not own.
-        if place is None:
-            out.append(jax.device_put(host))
-        else:
-            out.append(jax.make_array_from_callback(leaf.shape, place, host.__getitem__))
-        out[-1].block_until_ready()
-        del host, rows
+        key = _key(where)
+        out.append(_load_leaf(key, leaf, [tensors[name] for name in keys[key]], place))
     return tree.unflatten(out)
+
+
+def _load_leaf(
+    key: str, leaf: jax.ShapeDtypeStruct, tensors: list[Tensor], place: Sharding | None
+) -> jax.Array:
+    """The leaf on the devices of `place`, of one tensor or of one a layer."""
+    stacked, transposed = key.startswith(_LAYERS), key.endswith(_TRANSPOSED)
+    whole = {None: (slice(None),) * len(leaf.shape)}  # the default device
+    indices = whole if place is None else place.addressable_devices_indices_map(leaf.shape)
+    wanted = {  # what each device of this process holds, as (start, stop) of every axis
+        device: tuple(axis.indices(size)[:2] for axis, size in zip(index, leaf.shape, strict=True))
+        for device, index in indices.items()
+        if index is not None
+    }
+    parts = {
+        index: _aligned(tuple(stop - start for start, stop in index), np.dtype(leaf.dtype))
+        for index in set(wanted.values())
+    }
+    for layer, tensor in enumerate(tensors):
+        targets = []  # of this layer, in the order of axes that the file has: (index, array)
+        for index, part in parts.items():
+            if stacked:
+                (first, last), *index = index
+                if not first <= layer < last:
+                    continue
+                part = part[layer - first]
+            targets.append((tuple(index)[::-1], part.T) if transposed else (tuple(index), part))
+        start = min((index[0][0] for index, _ in targets), default=0)
+        stop = max((index[0][1] for index, _ in targets), default=0)
+        for at, block in tensor.blocks(start, stop):
+            for ((first, last), *rest), target in targets:
+                low, high = max(first, at), min(last, at + len(block))
+                if low < high:
+                    some = block[(slice(low - at, high - at), *(slice(*axis) for axis in rest))]
+                    target[low - first : high - first] = some
+    # On CPU the result may share these buffers, which nobody writes to again; XLA copies instead of
+    # donating a buffer that it does not own.
+    arrays = [jax.device_put(parts[index], device) for device, index in wanted.items()]
+    if place is not None:
+        arrays = [jax.make_array_from_single_device_arrays(leaf.shape, place, arrays)]
+    return arrays[0].block_until_ready()
 
 
 def save(
@@ -343,7 +374,9 @@ def _check_tied(tensors: dict[str, Tensor]) -> None:
     if head is None or table is None:
         return  # the table is reported as missing
     same = head.dtype == table.dtype and head.shape == table.shape
-    if not same or not np.array_equal(head.read().view(np.uint8), table.read().view(np.uint8)):
+    both = zip(*(x.blocks(0, x.shape[0]) for x in (head, table)), strict=True)
+    bits = (tuple(block.view(np.uint8) for _, block in pair) for pair in both)
+    if not same or not all(np.array_equal(*pair) for pair in bits):
         raise ValueError(
             f"{head.file}: {_TIED[0]} differs from {_TIED[1]}, but the config says "
             "tie_word_embeddings: true"
@@ -382,7 +415,7 @@ def _export(
 
         def read() -> np.ndarray:
             data = merged(key, _to_host(leaf, layer), layer)
-            return (data.T if transposed else data).astype(dtype)
+            return (data.T if transposed else data).astype(dtype, copy=False)
 
         return file_key, tuple(shape[::-1] if transposed else shape), dtype, read
 
@@ -405,11 +438,22 @@ def _to_host(x: jax.Array, layer: int | None) -> np.ndarray:
 
         part = x if layer is None else x[layer]
         return np.asarray(multihost_utils.process_allgather(part, tiled=True))
-    if layer is None:
-        return np.asarray(x)
-    if {device.platform for device in x.devices()} == {"cpu"} and len(x.devices()) == 1:
-        return np.asarray(x)[layer]  # a view: nothing is copied, nothing compiled
-    return np.asarray(x[layer])
+    # Part by part: the whole leaf exists neither on one device nor here.
+    parts = {str(part.index): part for part in x.addressable_shards}.values()
+    out = None
+    for part in parts:
+        index, data = part.index, part.data
+        if layer is not None:  # on a CPU a view: nothing is copied, nothing compiled
+            cpu = next(iter(data.devices())).platform == "cpu"
+            data = np.asarray(data)[layer] if cpu else data[layer]
+            index = index[1:]
+        if len(parts) == 1:
+            return np.asarray(data)
+        if out is None:
+            out = np.empty(x.shape if layer is None else x.shape[1:], x.dtype)
+        out[index] = data
+    assert out is not None
+    return out
 
 
 def _copy_files(source: Path, out: Path) -> None:

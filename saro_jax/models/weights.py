@@ -1,4 +1,4 @@
-"""Weight files: safetensors read and written one tensor at a time.
+"""Weight files: safetensors read a few rows of a tensor, and written one tensor, at a time.
 
 Plain file reads into a fresh array, not a memory map: the pages of a map count as memory of the
 process for as long as it is open, and a numpy view cannot hold bfloat16 without ml_dtypes anyway.
@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+BLOCK = 2**22  # bytes that are read at a time
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,20 @@ class Tensor:
     dtype: np.dtype
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    read_rows: Callable[[int, int], np.ndarray] | None = None  # None: only whole
+
+    def blocks(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(number of the first, rows) of rows start..stop, `BLOCK` bytes of them at a time.
+
+        A tensor that can only be read whole comes as one block.
+        """
+        if self.read_rows is None:
+            yield 0, self.read()
+            return
+        row_bytes = max(1, math.prod(self.shape[1:]) * self.dtype.itemsize)
+        step = max(1, BLOCK // row_bytes)
+        for at in range(start, stop, step):
+            yield at, self.read_rows(at, min(stop, at + step))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -149,24 +165,29 @@ def _read_header(file: Path) -> dict[str, Tensor]:
                 f"{file}: truncated: {size} bytes, but {key} ends at {8 + length + end}; "
                 "download it again"
             )
-        tensors[key] = Tensor(file, dtype, shape, _reader(file, 8 + length + start, dtype, shape))
+        read_rows = _reader(file, 8 + length + start, dtype, shape)
+        tensors[key] = Tensor(file, dtype, shape, partial(read_rows, 0, None), read_rows)
     return tensors
 
 
 def _reader(
     file: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]
-) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        data = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
+) -> Callable[[int, int | None], np.ndarray]:
+    """A function that reads rows start..stop (None = to the end) of axis 0."""
+
+    def read(start: int, stop: int | None) -> np.ndarray:
+        found = (len(range(*slice(start, stop).indices(shape[0]))), *shape[1:]) if shape else ()
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        data = np.empty(math.prod(found) * dtype.itemsize, np.uint8)
         with file.open("rb", buffering=0) as stream:
-            stream.seek(offset)
+            stream.seek(offset + start * row_bytes)
             view, done = data.data, 0
             while done < len(data):  # one read returns at most 2 GiB
                 got = stream.readinto(view[done:])
                 if not got:
                     raise ValueError(f"{file}: ended while reading")
                 done += got
-        return data.view(dtype).reshape(shape)
+        return data.view(dtype).reshape(found)
 
     return read
 

@@ -222,6 +222,14 @@ def run_blocks(
     return results
 
 
+def one_program() -> bool:
+    """Whether a step of one block runs as `Programs.whole`.
+
+    Not on a CPU: there it saves nothing, and each row length would be compiled twice.
+    """
+    return jax.default_backend() != "cpu"
+
+
 def kto_baseline(
     programs: Programs,
     mesh: Mesh,
@@ -472,21 +480,29 @@ def fit(
                     baseline = kto_baseline(
                         programs, mesh, state.params, frozen, state.reference, blocks, mismatches
                     )
-                gradients = Gradients(programs, state.params, frozen, step)
                 policy = state.reference  # before the update donates it
-                sums = run_blocks(
+                in_blocks = partial(
+                    run_blocks,
                     mesh,
                     stage,
                     blocks,
                     reference,
-                    gradients.add,
                     kind=kind,
                     score=partial(programs.score, policy, frozen) if policy else None,
                     baseline=baseline,
                     items=items,
                 )
-                state, norm = programs.update(state, gradients.sum)
-                del gradients  # or it would lie beside the next step's, and through saving
+                if len(blocks) == 1 and one_program():
+                    ((state, norm, *sums),) = in_blocks(
+                        lambda *args, state=state, at=(step, 0): programs.whole(
+                            state, *args, frozen, np.array(at, np.int32)
+                        )
+                    )
+                else:
+                    gradients = Gradients(programs, state.params, frozen, step)
+                    sums = in_blocks(gradients.add)
+                    state, norm = programs.update(state, gradients.sum)
+                    del gradients  # or it would lie beside the next step's, and through saving
                 if mismatches is not None:
                     norm = norm | {"kl": baseline}
                 tokens = sum(sequence_tokens(items[i]) for i in _indices(blocks))

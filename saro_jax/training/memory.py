@@ -44,40 +44,41 @@ def estimate(
 
     weights      of the trained and the frozen leaves in their dtypes; the trained ones twice with
                  a resident reference
-    moments      2 n w (AdamW), n = trained parameters, w = bytes of param_dtype
+    moments      8 n (AdamW), n = trained parameters; float32
     gradients    4 n, the float32 sum of the step, which the backward pass adds to; with bfloat16
-                 weights 8 n: the block's own too, and the update's float32 copy
+                 weights 8 n: the block's own too, and their float32 copy
     activations  t tokens of a block: what the remat policy keeps of each of L layers, and one
                  layer's working set in float32
     head         three float32 chunks of logits, the output matrix in the compute dtype, and its
                  float32 gradient twice
     process      on a CPU 0.5 GiB of Python, libraries and compiled programs
-    Parameters are divided by mesh.fsdp x mesh.tensor, t by the shards of rows. Fragmentation is
+    Parameters are divided by mesh.fsdp x mesh.sequence x mesh.tensor, t by the shards of rows and
+    of their tokens. Fragmentation is
     left out. docs/doctor.md compares with the compiler's figures and with measurements.
     """
     learning, frozen = (jax.tree.leaves(tree) for tree in trainable.abstract(arch, config))
     trained = sum(leaf.size for leaf in learning)
     width, compute = (jnp.dtype(d).itemsize for d in (config.model.param_dtype, config.model.dtype))
-    parts = mesh.shape["fsdp"] * mesh.shape["tensor"] if mesh is not None else 1
-    shards = meshes.row_shards(mesh) if mesh is not None else 1
+    parts = meshes.weight_shards(mesh) if mesh is not None else 1
+    shards = meshes.row_shards(mesh) * mesh.shape["sequence"] if mesh is not None else 1
     tokens = shape.rows * shape.row_length / shards
     copies = 2 if stage == "srpo" and config.srpo.reference == "resident" else 1
     D, F, V = arch.hidden_size, arch.intermediate_size, arch.vocab_size
     N, K = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     cpu = jax.default_backend() == "cpu"
-    stored = 4 if cpu else compute  # what is kept for the backward pass: XLA's CPU code widens it
+    unnamed = 4 if cpu else compute  # XLA's CPU code widens what models/remat.py does not store
     kept = {
         "full": D * compute,
         "attention": (D + N) * compute + 4 * arch.num_heads,
-        "dots": (D + 2 * N + 2 * K + 2 * F) * stored,
-        "none": (4 * D + 2 * N + 2 * K + 2 * F) * stored + (4 * F + 2 * D) * 4,
+        "dots": (D + 2 * N + 2 * K + 2 * F) * compute + 4 * arch.num_heads,
+        "none": (4 * D + 2 * N + 2 * K + 2 * F) * unnamed + (4 * F + 2 * D) * 4,
     }[config.model.remat]
     working = (4 * D + 2 * N + 2 * K + 4 * F) * 4
     read_only = sum(leaf.size * leaf.dtype.itemsize for leaf in frozen)
     chunk = min(CHUNK, max(1, int(tokens)))
     return Memory(
         weights=(copies * trained * width + read_only) / parts,
-        moments=(2 if config.optimizer.name == "adamw" else 0) * trained * width / parts,
+        moments=(8 if config.optimizer.name == "adamw" else 0) * trained / parts,
         gradients=trained * (4 if width == 4 else 8) / parts,
         activations=tokens * (arch.num_layers * kept + working),
         head=3 * chunk * V * 4 + V * D * (compute + 8) / parts,
@@ -129,7 +130,9 @@ def _savings(config: Config, stage, arch, shape: Shape, mesh, total: float) -> s
     ]
     if not config.lora.rank:
         width = jnp.dtype(config.model.param_dtype).itemsize
-        saved.append((0.98 * parameters(arch) * (3 * width + 4), "LoRA (lora.rank=16)"))
+        saved.append(
+            (0.98 * parameters(arch) * (width + (12 if width == 4 else 14)), "LoRA (lora.rank=16)")
+        )
     named = [
         f"{option} saves {save / GIB:.2g} GiB"
         for save, option in sorted(saved, reverse=True)

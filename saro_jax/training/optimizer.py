@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from saro_jax.config import LoRAConfig, OptimizerConfig
@@ -49,6 +50,31 @@ def scale_adapters(ratio: float) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
 
 
+def clip_by_global_norm(most: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm`, as one factor: its two operations a leaf make XLA on a CPU keep
+    a clipped copy of all gradients, where a product is computed again by whoever reads it."""
+
+    def clipped(gradients, _):
+        norm = optax.tree.norm(gradients)
+        factor = jnp.where(norm < most, 1.0, most / norm)
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients)
+
+    return optax.stateless(clipped)
+
+
+def adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` with float32 moments, as the gradients are, whatever the weights are.
+
+    Made from bfloat16 weights they would begin as bfloat16 and be float32 after the first step.
+    """
+    inner = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+
+    def init(params):
+        return inner.init(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+
+    return optax.GradientTransformation(init, inner.update)
+
+
 def make(
     config: OptimizerConfig, steps: int, lora: LoRAConfig | None = None
 ) -> optax.GradientTransformation:
@@ -59,9 +85,9 @@ def make(
     schedule = learning_rate(config, steps)
     parts = []
     if config.max_grad_norm > 0:
-        parts.append(optax.clip_by_global_norm(config.max_grad_norm))
+        parts.append(clip_by_global_norm(config.max_grad_norm))
     if config.name == "adamw":
-        parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
+        parts.append(adam(config))
     if config.weight_decay > 0:
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
     parts.append(optax.scale_by_learning_rate(schedule))

@@ -59,18 +59,20 @@ def score_tokens(
         adapters=adapters,
         attention=attention,
     )
-    hidden_BSD = jnp.take_along_axis(hidden_BTD, rows.source[..., None], axis=1)
+    # On a mesh that cuts tokens, B and S are those of `sharding.deal_tokens` from here on.
+    hidden_BSD = sharding.gather_tokens(hidden_BTD, rows.source)
     adapter = None if adapters is None else adapters.of_head()
-    return token_scores(
+    scores = token_scores(
         hidden_BSD,
         decoder.head(arch, params),
-        rows.target,
-        rows.valid,
+        sharding.deal_tokens(rows.target),
+        sharding.deal_tokens(rows.valid),
         softcap=arch.final_softcap,
         entropy=entropy,
         low_rank=None if adapter is None else (adapter.down(hidden_BSD), adapter.b_rO),
         train_head=train_head,
     )
+    return TokenScores(*map(sharding.collect_tokens, scores))
 
 
 def sum_sequences(logp_BS: jax.Array, rows: Rows, branches: int) -> Sequences:
@@ -92,6 +94,27 @@ def put(mesh: Mesh, rows: Rows) -> Rows:
     return Rows(*(distributed.place(array, where) for array in rows))
 
 
+def score_program(
+    arch: Architecture,
+    *,
+    dtype: Any,
+    remat: str,
+    branches: int,
+    attention: Kernel = "auto",
+    out: NamedSharding | None = None,
+) -> Any:
+    """The jitted `(params, rows) -> Sequences`; rows lie on the devices of the mesh that is set.
+
+    out: where the sums lie; None leaves it to the compiler.
+    """
+
+    def run(params, rows):
+        scores = score_tokens(arch, params, rows, dtype=dtype, remat=remat, attention=attention)
+        return sum_sequences(scores.logp, rows, branches)
+
+    return jax.jit(run, out_shardings=out)
+
+
 def make_scorer(
     arch: Architecture,
     mesh: Mesh,
@@ -106,11 +129,9 @@ def make_scorer(
     Where there are several processes, each computes its rows and gets the sums of all.
     """
     all_sums = NamedSharding(mesh, PartitionSpec()) if distributed.several() else None
-
-    @partial(jax.jit, out_shardings=all_sums)
-    def run(params, rows):
-        scores = score_tokens(arch, params, rows, dtype=dtype, remat=remat, attention=attention)
-        return sum_sequences(scores.logp, rows, branches)
+    run = score_program(
+        arch, dtype=dtype, remat=remat, branches=branches, attention=attention, out=all_sums
+    )
 
     def scorer(params, rows):
         with jax.set_mesh(mesh):

@@ -3,8 +3,10 @@
 Legend: B rows, S scored positions of a row, P item slots of a row, K branches of an item,
 G segments of a branch (objectives/preference.py).
 
-A step is `accumulate` over its blocks and one `update`. Losses are sums; `total`, the weight of the
-whole step, is known before the first block, so any cut into blocks gives the same step.
+A step is `accumulate` over its blocks and one `update`, or `whole` where it has one block: then the
+gradients exist from the backward pass on, not through the forward one. Losses are sums; `total`,
+the weight of the whole step, is known before the first block, so any cut into blocks gives the
+same step.
 """
 
 from collections.abc import Callable
@@ -167,6 +169,8 @@ class Programs(NamedTuple):
     # (params, gradients, rows, given, total, frozen, draw)
     accumulate: Callable[..., tuple[Any, Sums]]
     update: Callable[[State, Any], tuple[State, Sums]]
+    # A step of one block, in one program: (state, rows, given, total, frozen, draw)
+    whole: Callable[..., tuple[State, Sums, Sums]]
     evaluate: Callable[..., Sums]  # (params, rows, given, total, frozen)
     zeros: Callable[[Any], Any]  # params -> gradients of zeros
     score: Callable[..., jax.Array]  # (params, frozen, rows) -> log-prob sums [B, P, K, G]
@@ -245,6 +249,17 @@ def programs(
         norm = optax.tree.norm(gradients)
         return State(state.step + 1, params, inner, state.reference), {"grad_norm": norm}
 
+    def whole(state: State, rows, given, total, frozen=None, draw=None):
+        key = None if draw is None else _dropout_key(config, draw)
+
+        def of(params):
+            return loss(params, frozen or {}, rows, given, total, key)
+
+        new, sums = jax.grad(of, has_aux=True)(state.params)
+        gradients = jax.tree.map(lambda g: g.astype(jnp.float32), new)
+        state, norm = update(state, sharding.constrain_params(gradients))
+        return state, norm, sums
+
     def zeros(params):
         return sharding.constrain_params(
             jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
@@ -267,6 +282,7 @@ def programs(
     return Programs(
         jax.jit(accumulate, donate_argnums=1),
         jax.jit(update, donate_argnums=0),
+        jax.jit(whole, donate_argnums=0),
         jax.jit(evaluate),
         jax.jit(zeros),
         jax.jit(score),

@@ -1,0 +1,51 @@
+"""Every architecture on every mesh: loss and gradients of one device, and nothing replicated."""
+
+from itertools import product
+
+import pytest
+import sharded
+import tiny
+from sharded import FAMILIES, MESHES
+
+LOSSES = (("rw", "shared"), ("sigmoid", "shared"), ("sigmoid", "separate"))
+# Each axis, loss and layout, what divides and what does not, adapters, windows, tied and untied;
+# Llama's whole training on data x fsdp x tensor is in test_equalities.
+QUICK = [
+    ("gemma2", "fsdp-tensor", "sigmoid", "separate", 0),
+    ("uneven", "fsdp-sequence-tensor", "sigmoid", "shared", 2),
+    ("mistral", "sequence", "rw", "shared", 0),
+]
+ALL = [
+    *((family, mesh, *loss, 0) for family, loss, mesh in product(FAMILIES, LOSSES, MESHES)),
+    *(("llama", mesh, *loss, 2) for loss, mesh in product(LOSSES, MESHES)),
+]
+
+
+def check(cases):
+    tiny.folder()  # the cache of compiled programs
+    found = sharded.run([("difference", *case) for case in cases])
+    wrong = [(case, value) for case, value in zip(cases, found, strict=True) if not value <= 1e-4]
+    assert not wrong
+
+
+def test_eight_devices_equal_one():
+    check(QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_architecture_on_every_mesh_equals_one_device(family):
+    check([case for case in ALL if case[0] == family])
+
+
+def test_the_compiled_step_replicates_nothing():
+    tiny.folder()
+    assert sharded.run([("misplaced", "llama", "fsdp-sequence-tensor", "sigmoid")]) == [[]]
+
+
+@pytest.mark.slow
+def test_the_compiled_step_replicates_nothing_on_any_mesh():
+    tiny.folder()
+    cases = list(product(("misplaced",), ("mistral", "uneven"), MESHES, ("rw", "sigmoid")))
+    found = sharded.run(cases)
+    assert found == [[]] * len(found)
