@@ -207,13 +207,13 @@ def parts(monkeypatch):
     """Two parts of 128 rows, the last of which begins with 45 rows of the one before."""
     monkeypatch.setattr(logprobs, "PART", 128 * B * S * 4)
     with jax.set_mesh(meshes.make_mesh(devices=jax.devices()[:1])):
-        cut = logprobs._cut_of(jnp.zeros((B, S, D)), jnp.zeros((V, D)))
+        cut = logprobs._cut_of(jnp.zeros((B, S, D)), jnp.zeros((V, D)), V)
         assert (cut.size, cut.parts) == (128, 2)
         yield
 
 
 def by_parts(hidden, head, target, valid, softcap=None, low_rank=None, train_head=True) -> Any:
-    return logprobs._by_parts(hidden, head, low_rank, target, valid, softcap, True, train_head)
+    return logprobs._by_parts(hidden, head, low_rank, target, valid, V, softcap, True, train_head)
 
 
 @pytest.mark.parametrize("softcap", [None, 4.0])

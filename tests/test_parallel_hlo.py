@@ -124,6 +124,9 @@ ENTRY %main (x: f32[8,128], w: f32[16,8,128], k: f32[4,8,16]) -> f32[8,128] {
   %start = (s32[], f32[8,128], f32[16,8,128]) tuple(%zero, %x, %w)
   %loop = (s32[], f32[8,128], f32[16,8,128]) while(%start), condition=%condition, body=%body
   %pad = f32[7,8,8]{2,1,0} convolution(%k, %k), WINDOW, dim_labels=0bf_0oi->0bf
+  %kernel = f32[8,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", metadata={
+"note":"{\\"blocks\\": 512}"
+}}, backend_config={}
   %r = f32[8,128]{1,0} all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%inside
   ROOT %out = f32[8,128]{1,0} get-tuple-element(%loop), index=1
 }
