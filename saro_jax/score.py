@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         stopped = signal.SIGINT
         distributed.leave("was stopped by Ctrl-C", 130)
-    if stopped:
+    if stopped and distributed.writes():
         print("stopped; the same command continues", file=sys.stderr)
     return 128 + stopped if stopped else 0
 

@@ -9,6 +9,7 @@ import numpy as np
 import processes
 import pytest
 import tiny
+from safetensors.numpy import load_file
 
 from saro_jax.parallel.hub import LOST
 
@@ -208,3 +209,76 @@ def test_bad_rows_of_one_host_end_all(tmp_path):
     assert codes(ended) == [2, 2], ended
     assert f"the config differs: process 1 ({os.uname().nodename}): " in ended[0].output
     assert not ended[1].output.startswith("error")
+
+
+def stage(name, notes, count, *arguments, **environment):
+    return processes.run(
+        processes.STAGE, count, name, *arguments, notes=notes, devices=2 // count, **environment
+    )
+
+
+@pytest.mark.slow
+def test_scores_of_two_processes_stopped_and_continued(tmp_path):
+    folder = tiny.folder()
+    rows = [row | {"id": f"{n} {row['id']}"} for n in range(16) for row in tiny.PAIRS]
+    tiny.write_rows(tmp_path / "rows.jsonl", rows)  # two groups
+    given = [f"--model={folder}/model", f"--rows={tmp_path}/rows.jsonl", "--data.max_length=80"]
+    given += ["--data.row_length=320", "--train.micro_rows=2"]
+    found = []
+    for count in (1, 2):
+        out = tmp_path / f"{count}.jsonl"
+        if count == 2:
+            asked = f"1:6:{int(signal.SIGTERM)}"
+            ended = stage(
+                "score", tmp_path / "a", 2, *given, f"--out={out}", SIGNAL=asked, WHERE="scoring"
+            )
+            assert codes(ended) == [143, 143], ended
+            assert not out.exists() and (tmp_path / f".{out.name}.scored").exists()
+        ended = stage("score", tmp_path / f"b{count}", count, *given, f"--out={out}")
+        assert codes(ended) == [0] * count, ended
+        found.append([json.loads(line) for line in out.read_text().splitlines()])
+        assert [one.pop("id") for one in found[-1]] == [row["id"] for row in rows]
+    equal(found[1], found[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sampled", [(), ("--temperature=1.0", "--seed=3")], ids=["greedy", "drawn"]
+)
+def test_transcripts_of_two_processes(tmp_path, sampled):
+    prompts = [{"id": f"h{n}", "kind": "benign", "prompt": f"open {'a ' * n}"} for n in range(5)]
+    tiny.write_rows(tmp_path / "prompts.jsonl", prompts)
+    given = [f"--model={tiny.folder()}/model", f"--rows={tmp_path}/prompts.jsonl", *sampled]
+    given += ["--max_new_tokens=6", "--batch_size=3"]
+    for count in (1, 2):
+        out = f"--out={tmp_path}/{count}.jsonl"
+        ended = stage("evaluate", tmp_path / f"n{count}", count, *given, out)
+        assert codes(ended) == [0] * count, ended
+    assert (tmp_path / "1.jsonl").read_text() == (tmp_path / "2.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_adapters_trained_evaluated_and_exported_by_two_processes(tmp_path):
+    """The model folders of one process; the export compared with transformers over both."""
+    pytest.importorskip("torch")
+    over = ["--lora.rank=2", "--train.steps=2", "--train.micro_rows=2", "--train.eval_every=1"]
+    over += [f"--data.eval={tiny.folder()}/sft.jsonl", "--lora.learning_rate=0.01"]
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        ended = stage(
+            "train", tmp_path / f"n{count}", count, *tiny.arguments("rw", out, *over), COMPARE="1"
+        )
+        assert codes(ended) == [0] * count, ended
+        assert "transformers agrees to" in ended[0].output
+        given = (f"--checkpoint={out}", f"--out={tmp_path}/e{count}")
+        ended = stage("export", tmp_path / f"x{count}", count, *given)
+        assert codes(ended) == [0] * count, ended
+    equal(tiny.metrics(tmp_path / "2"), tiny.metrics(tmp_path / "1"))
+    for folder in ("{}/model", "{}/adapter", "e{}"):
+        one, two = (tmp_path / folder.format(count) for count in (1, 2))
+        assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+        (file,) = one.glob("*.safetensors")
+        a, b = load_file(file), load_file(two / file.name)
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_allclose(a[key], b[key], atol=2e-5, err_msg=key)

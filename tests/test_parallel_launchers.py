@@ -140,9 +140,13 @@ def test_tpu_vm(metadata, endpoints):
     assert find(None, None, None)[1:4] == (("10.9.9.9", PORT), 6, 5)
 
 
-def test_a_tpu_vm_of_one_host_is_none(metadata):
+def test_a_tpu_vm_of_one_host_is_none(metadata, monkeypatch):
     assert find(None, None, None) is None  # no such attributes
     metadata |= {"agent-worker-number": "0", "worker-network-endpoints": "10.0.0.5"}
+    assert find(None, None, None) is None
+    metadata["worker-network-endpoints"] = "10.0.0.5,10.0.0.6"
+    assert find(None, None, None) is not None
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     assert find(None, None, None) is None
 
 

@@ -40,7 +40,10 @@ def test_one_process(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argument", "line"),
     [
-        ("--mesh.tensor=3", "wrong mesh: process 0 ({}): mesh.data=1, mesh.fsdp=-1, mesh.tensor=3"),
+        (
+            "--mesh.tensor=3",
+            "wrong mesh: process 0 ({}): mesh.slice=1, mesh.data=1, mesh.fsdp=-1, ",
+        ),
         ("--out=/proc/none", "wrong /proc/none: write: process 0 ({}): FileNotFoundError"),
     ],
 )

@@ -138,8 +138,10 @@ def _gke() -> Launch | None:
 
 
 def _tpu_vm() -> Launch | None:
+    if os.environ.get("TPU_SKIP_MDS_QUERY"):  # what libtpu understands too: there is no such server
+        return None
     worker = _metadata("agent-worker-number")
-    endpoints = _metadata("worker-network-endpoints")
+    endpoints = None if worker is None else _metadata("worker-network-endpoints")
     if worker is None or endpoints is None:
         return None
     # Each is a host, or uid:number:address as older images have it.

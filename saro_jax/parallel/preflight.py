@@ -93,9 +93,8 @@ def with_jax(config: Config | str) -> int:
         wrong += _each("devices in all", f"JAX sees {jax.process_count()} processes")
     if wrong or isinstance(config, str):
         return wrong
-    sizes = config.mesh
     try:
-        mesh = meshes.make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
+        mesh = meshes.make_mesh(**dict(config.mesh))
     except ValueError as error:
         return _each("mesh", str(error))
     wrong = _each("mesh", "", ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))

@@ -134,8 +134,8 @@ def on_host(places: Any, shapes: Any) -> Any:
     )
 
 
-def to_memory(tree: Any, space: jax.memory.Space) -> Any:
-    """The arrays of a tree in the memory of the host or of the devices; scalars stay."""
+def to_memory(tree: Any, space: Any) -> Any:
+    """The arrays of a tree in a `jax.memory.Space`, Host or Device; scalars stay."""
     return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, tree)
 
 

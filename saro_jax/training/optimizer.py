@@ -104,9 +104,9 @@ def offloaded(inner: optax.GradientTransformation) -> optax.GradientTransformati
     def init(params):
         return sharding.to_memory(inner.init(params), jax.memory.Space.Host)
 
-    def update(gradients, state, params=None):
+    def update(updates, state, params=None):
         here = sharding.to_memory(state, jax.memory.Space.Device)
-        updates, new = inner.update(gradients, here, params)
+        updates, new = inner.update(updates, here, params)
         return updates, sharding.to_memory(new, jax.memory.Space.Host)
 
     return optax.GradientTransformation(init, update)
