@@ -47,8 +47,8 @@ REMAT = ("full", "attention", "dots", "none")
 class Work(NamedTuple):
     """What one packed row holds, and what its attention has to do."""
 
-    tokens: int  # computed, each once
-    sequence_tokens: int  # of every sequence, a shared prefix counted in each
+    tokens: float  # computed, each once
+    sequence_tokens: float  # of every sequence, a shared prefix counted in each
     area: float  # (query, key) pairs that see each other
 
 
@@ -189,6 +189,7 @@ def _device_bytes(tree: Any) -> float:
         sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
             for leaf in jax.tree.leaves(tree)
+            if leaf.sharding.memory_kind != sharding.HOST
         )
     )
 
@@ -215,7 +216,7 @@ def prepare(
     config: Config,
     stage: str,
     topology: Topology,
-    devices: Sequence[jax.Device],
+    devices: Sequence[Any],
     blocks: int | None = None,
     sizes: Mapping[str, int] | None = None,
 ) -> Setup:
@@ -281,8 +282,12 @@ def _train(config: Config, stage: str, arch, mesh: Mesh, length: int, blocks: in
     frozen = _params(mesh, frozen)
     transform = optimizer.make(config.optimizer, 1000, config.lora)
     moments = _params(mesh, jax.eval_shape(transform.init, trained))
+    if config.optimizer.offload:
+        places = jax.tree.map(lambda leaf: leaf.sharding, moments)
+        moments = _placed(mesh, moments, sharding.on_host(places, moments))
     resident = stage == "srpo" and config.srpo.reference == "resident"
-    state = step.State(_scalar(mesh, jnp.int32), trained, moments, trained if resident else ())
+    count: Any = _scalar(mesh, jnp.int32)
+    state = step.State(count, trained, moments, trained if resident else ())
     gradients = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), trained
     )
@@ -290,11 +295,12 @@ def _train(config: Config, stage: str, arch, mesh: Mesh, length: int, blocks: in
     place = sharding.rows(mesh)
     unpaired = stage == "srpo" and config.srpo.loss == "kto"
     branches = 1 if unpaired else 2
-    given = step.Given(
+    arrays: tuple[Any, ...] = (
         jax.ShapeDtypeStruct((rows_of, slots, branches, SEGMENTS), jnp.float32, sharding=place),
         jax.ShapeDtypeStruct((rows_of, slots), jnp.int32, sharding=place),
         _scalar(mesh, jnp.float32),
     )
+    given = step.Given(*arrays)
     total, draw = _scalar(mesh, jnp.float32), _scalar(mesh, jnp.int32, (2,))
     made = step.programs(arch, config, stage, transform, 0)
     found = []
@@ -521,7 +527,7 @@ def check(setup: Setup) -> dict[str, Any]:
             continue
         module = hlo.parse(compiled.as_text())
         options: dict[str, Any] = {
-            "loops": program.loops | _xla_attention(setup),
+            "loops": {**program.loops, **_xla_attention(setup)},
             "kernels": partial(kernel_flops, setup),
             "slice_devices": devices // setup.topology.slices,
         }
@@ -666,7 +672,7 @@ def search(
     config: Config,
     stage: str,
     topology: Topology,
-    devices: Sequence[jax.Device],
+    devices: Sequence[Any],
     blocks: int | None,
     sizes: Mapping[str, int],
 ) -> dict[str, Any]:
@@ -678,7 +684,7 @@ def search(
         raise ValueError(f"--search: for stage rw or srpo, got {stage}")
     count, tried = len(devices), {}
 
-    def attempt(remat: str, rows: int, tensor: int) -> float:
+    def attempt(remat: Any, rows: int, tensor: int) -> float:
         """Estimated tokens a second, -1 where it does not fit."""
         name = remat, rows, tensor
         if name not in tried:

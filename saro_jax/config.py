@@ -213,6 +213,10 @@ class OptimizerConfig(Section):
     max_grad_norm: float = Field(
         default=1.0, ge=0, description="global L2 norm gradients are clipped to; 0 = no clipping"
     )
+    offload: bool = Field(
+        default=False,
+        description="keep adamw's moments in the host's memory between updates (TPU, GPU)",
+    )
 
 
 class LoRAConfig(Section):
@@ -423,6 +427,10 @@ class Config(Section):
                     f"optimizer.{key}={value} has no meaning with optimizer.name=sgd; leave it at "
                     f"{default}"
                 )
+        if optimizer.offload and optimizer.name == "sgd":
+            raise ValueError(
+                "optimizer.offload=true has no meaning with optimizer.name=sgd: it has no moments"
+            )
         _check_srpo(srpo, train)
         _check_adapters(self)
         for axis, size in self.mesh:

@@ -188,6 +188,8 @@ def prepare(config: Config, stage: str) -> Prepared:
     arch = huggingface.load_architecture(folder)
     decoder.check_length(arch, config.data.max_length)
     decoder.check_mesh(arch, mesh)
+    if config.optimizer.offload:
+        sharding.check_offload(mesh)
     trainable.trained_names(arch, config)  # refuses now what nothing could train with
     tokenizer = chat.load_tokenizer(folder, config.model.chat_template)
     source = Source(folder, arch, tokenizer, mesh, config)
@@ -264,7 +266,9 @@ def _train(prepared: Prepared, out: Path) -> int:
     trained, frozen = trainable.start(source.arch, config, params, mesh)
     base = huggingface.weights_hash(source.folder) if frozen else None
     resident = stage == "srpo" and config.srpo.reference == "resident"
-    state = step.init_state(transform, trained, mesh, resident=resident)
+    state = step.init_state(
+        transform, trained, mesh, resident=resident, offload=config.optimizer.offload
+    )
     del params, trained
     iterator = pipeline.steps(items, rows_of, shape, config.data.prefetch, own)
     checkpoints = Checkpoints(out / "checkpoints", config.train.keep, state)
@@ -507,12 +511,13 @@ def _summary(prepared: Prepared) -> str:
     learning = sum(leaf.size for leaf in jax.tree.leaves(trained))
     part = f", {learning / 1e6:.2f}M trained" if frozen or config.lora.rank else ""
     need = estimate(config, stage, arch, shape, prepared.source.mesh).total
+    offload = ", moments on the host" if config.optimizer.offload else ""
     return (
         f"{stage}: {parameters(arch) / 1e6:.1f}M parameters ({config.model.dtype}){part}, "
         f"{len(items)} rows, {tokens * rows_of:.0f} tokens per step "
         f"({laid_out * rows_of:.0f} computed, rows of {shape.row_length}), "
         f"{prepared.steps} steps, {jax.device_count()} x {jax.devices()[0].device_kind} of "
-        f"{device_memory() / GIB:.1f} GiB, about {need / GIB:.2f} GiB needed on each"
+        f"{device_memory() / GIB:.1f} GiB, about {need / GIB:.2f} GiB needed on each{offload}"
     )
 
 

@@ -140,8 +140,9 @@ def misplaced(family: str, mesh: str, loss: str) -> list[str]:
     """What the compiled programs of a step do not cut as the table says.
 
     Gradients, parameters and moments by the programs' results; activations by every array that the
-    program of the gradients computes: none has as many entries as one layer's activations of all
-    rows. And by memory: one of 8 devices needs no more than a fifth of what a single one does.
+    program of the gradients computes: none has more entries than what is kept of all layers, or
+    than the logits, of one device's own tokens. And by memory: what a single device needs beside
+    the results, divided by the parts that rows and tokens are cut into, and at most a third more.
     """
     rows, length = 16, 256
     single = meshes.make_mesh(devices=jax.devices()[:1])
@@ -166,12 +167,16 @@ def misplaced(family: str, mesh: str, loss: str) -> list[str]:
             if not place.is_equivalent_to(NamedSharding(many, table), leaf.ndim):
                 wrong.append(f"{what} {name} {leaf.shape}: {place}, not {table}")
     text = found["accumulate"].as_text()
-    limit = rows * length * arch.hidden_size
+    cut, tensor = meshes.row_shards(many) * many.shape["sequence"], many.shape["tensor"]
+    heads = arch.num_heads * arch.head_dim // tensor
+    vocabulary = arch.vocab_size // (1 if arch.vocab_size % tensor else tensor)
+    widest = max(arch.num_layers * max(arch.hidden_size, heads), vocabulary)
     for shape in sorted(set(re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text))):
-        if np.prod([int(size) for size in shape.split(",")]) >= limit:
+        if np.prod([int(size) for size in shape.split(",")]) > rows * length // cut * widest:
             wrong.append(f"an array of shape [{shape}] is not cut")
-    needs, whole = (x.memory_analysis().temp_size_in_bytes for x in (found["accumulate"], one))
-    if needs > whole / 5:
+    programs = (found["accumulate"], one)
+    needs, whole = (program.memory_analysis().temp_size_in_bytes for program in programs)
+    if needs > whole / cut * 4 / 3:
         wrong.append(f"{needs} bytes of temporaries, {whole} on a single device")
     return wrong
 

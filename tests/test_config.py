@@ -443,6 +443,11 @@ def test_an_override_given_twice_is_refused():
             "optimizer.schedule=constant; set it to 0",
         ),
         (
+            ["--optimizer.name=sgd", "--optimizer.offload=true"],
+            "--optimizer.offload=true: optimizer.offload=true has no meaning with "
+            "optimizer.name=sgd: it has no moments",
+        ),
+        (
             ["--optimizer.name=sgd", "--optimizer.b2=0.9"],
             "--optimizer.b2=0.9: optimizer.b2=0.9 has no meaning with optimizer.name=sgd; leave it "
             "at 0.95",

@@ -1,11 +1,16 @@
 """Chunked log-probs equal the full computation, values and gradients."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from saro_jax.objectives import logprobs
 from saro_jax.objectives.logprobs import token_scores
+from saro_jax.parallel import mesh as meshes
 
 B, S, D, V = 3, 37, 16, 211  # no two of them divide each other
 REAL = 200  # ids 200.. are padding of the vocabulary: never a target, still in the softmax
@@ -192,3 +197,64 @@ def test_no_array_of_all_logits_exists():
     if memory is None:
         pytest.skip("this backend does not report the memory of a program")
     assert memory.temp_size_in_bytes < tokens * vocabulary * 4 / 4
+
+
+# ---- the vocabulary in parts, as over a mesh and on a TPU ----------------------------------------
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """Two parts of 128 rows, the last of which begins with 45 rows of the one before."""
+    monkeypatch.setattr(logprobs, "PART", 128 * B * S * 4)
+    with jax.set_mesh(meshes.make_mesh(devices=jax.devices()[:1])):
+        cut = logprobs._cut_of(jnp.zeros((B, S, D)), jnp.zeros((V, D)), V)
+        assert (cut.size, cut.parts) == (128, 2)
+        yield
+
+
+def by_parts(hidden, head, target, valid, softcap=None, low_rank=None, train_head=True) -> Any:
+    return logprobs._by_parts(hidden, head, low_rank, target, valid, V, softcap, True, train_head)
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_parts_of_the_vocabulary_give_the_full_values(parts, softcap):
+    hidden, head, target, valid = inputs()
+    target = jnp.where(target % 2 == 0, (hidden @ head.T)[..., :REAL].argmax(-1), target)
+    found = jax.jit(partial(by_parts, softcap=softcap))(hidden, head, target, valid)
+    for got, want in zip(found, full(hidden, head, target, valid, softcap), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_parts_of_the_vocabulary_give_the_full_gradients(parts, softcap):
+    hidden, head, target, valid = inputs()
+    rng = np.random.default_rng(1)
+    weight = jnp.asarray(rng.normal(size=(B, S)), jnp.float32)
+    low = tuple(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((B, S, 3), (3, V)))
+
+    def in_parts(hidden, head, low):
+        scores = by_parts(hidden, head, target, valid, softcap, low)
+        return jnp.sum(scores.logp * weight)
+
+    def whole(hidden, head, low):
+        joined = jnp.concatenate([hidden, low[0]], -1)
+        table = jnp.concatenate([head, low[1].T], -1)
+        return jnp.sum(full(joined, table, target, valid, softcap)[0] * weight)
+
+    found = jax.jit(jax.grad(in_parts, argnums=(0, 1, 2)))(hidden, head, low)
+    expected = jax.grad(whole, argnums=(0, 1, 2))(hidden, head, low)
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        scale = float(jnp.abs(want).max())
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_parts_of_a_frozen_head_have_no_gradient(parts):
+    hidden, head, target, valid = inputs()
+
+    def total(hidden, head, train_head):
+        return by_parts(hidden, head, target, valid, train_head=train_head).logp.sum()
+
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1)), static_argnums=2)
+    (dhidden, dhead), (wanted, _) = gradient(hidden, head, False), gradient(hidden, head, True)
+    assert not dhead.any()
+    np.testing.assert_array_equal(dhidden, wanted)

@@ -605,6 +605,7 @@ def settings(root: Path) -> dict[str, tuple]:
         "optimizer.b1": ("rw", "0.5", ("--train.steps=3",)),
         "optimizer.b2": ("rw", "0.5", ("--train.steps=3",)),
         "optimizer.eps": ("rw", "0.01"),
+        "optimizer.offload": ("rw", "true"),
         "optimizer.max_grad_norm": ("rw", "0.01", ("--optimizer.name=sgd",)),
         "lora.rank": ("rw", "2"),
         "lora.alpha": ("rw", "8", LORA),

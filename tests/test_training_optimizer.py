@@ -1,6 +1,7 @@
 """The optimizer: schedules at known steps, and updates against the formulas written out."""
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -10,8 +11,46 @@ import optax
 import pytest
 import tiny
 
-from saro_jax.config import OptimizerConfig
-from saro_jax.training import optimizer
+from saro_jax.config import Config, OptimizerConfig
+from saro_jax.parallel import mesh as meshes
+from saro_jax.parallel import sharding
+from saro_jax.training import optimizer, step
+from saro_jax.training.checkpoint import Checkpoints, abstract
+
+
+def test_moments_on_the_host_give_the_same_numbers(tmp_path):
+    mesh, found = meshes.make_mesh(), {}
+    for offload in (False, True):
+        settings = OptimizerConfig(offload=offload)
+        config = Config.model_validate({"data": {"train": "x"}, "optimizer": settings.model_dump()})
+        transform = optimizer.make(settings, 10)
+        params = jax.device_put(tiny.params(), sharding.shardings(mesh, tiny.params()))
+        programs = step.programs(tiny.ARCH, config, "rw", transform)
+        state = step.init_state(transform, params, mesh, offload=offload)
+        with jax.set_mesh(mesh):
+            for _ in range(2):
+                state, _ = programs.update(state, jax.tree.map(lambda x: x + 1, state.params))
+        kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state.optimizer) if x.ndim}
+        assert kinds == {"pinned_host" if offload else "device"}
+        found[offload] = jax.device_get(state)
+    jax.tree.map(np.testing.assert_array_equal, found[False], found[True])
+    saved = Checkpoints(tmp_path)
+    saved.save(2, state, {})
+    restored = step.owned(saved.restore(2, abstract(state))[0])
+    saved.close()
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), restored, state)
+    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, state)
+
+
+def test_devices_without_memory_on_the_host_are_refused():
+    device = SimpleNamespace(
+        device_kind="Chip", addressable_memories=lambda: [SimpleNamespace(kind="device")]
+    )
+    mesh: Any = SimpleNamespace(local_mesh=SimpleNamespace(devices=np.array([device])))
+    words = r"^optimizer\.offload=true: Chip has no pinned_host memory, only device; set it to"
+    with pytest.raises(ValueError, match=words):
+        sharding.check_offload(mesh)
+    sharding.check_offload(meshes.make_mesh())
 
 
 def rates(steps, **options):

@@ -182,3 +182,30 @@ def test_references_go_to_their_slots_and_empty_slots_are_zero():
 def test_tokens_are_counted_as_separate_sequences():
     assert loop.sequence_tokens(tiny.item(0, 5, 3, 4)) == 17
     assert loop.sequence_tokens(tiny.item(0, 0, 9)) == 9
+
+
+@pytest.mark.parametrize("stage", ["rw", "srpo"])
+def test_a_step_of_one_block_is_one_program_with_the_same_result(stage):
+    (block,) = pack(ITEMS[stage], range(8), row_length=256, rows=4, layout="shared")
+    mesh, transform = meshes.make_mesh(devices=jax.devices()[:1]), optax.sgd(0.5)
+    reference = SEGMENTS if stage == "srpo" else None
+    made = programs(stage)
+
+    def in_two(state, *arguments):
+        gradient, sums = made.accumulate(state.params, made.zeros(state.params), *arguments)
+        return *made.update(state, gradient), sums
+
+    results = []
+    for run in (made.whole, in_two):
+        with jax.set_mesh(mesh):
+            copy = jax.tree.map(lambda x: x + 0, params())
+            state = step.init_state(transform, copy, mesh)
+
+            def call(*arguments, run=run, state=state):
+                return run(state, *arguments)
+
+            (result,) = loop.run_blocks(mesh, stage, [block], reference, call)
+        results.append(jax.device_get(result))
+    one, two = map(jax.tree.leaves, results)
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

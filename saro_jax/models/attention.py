@@ -142,8 +142,23 @@ def _whole_rows(q_BTNH, k_BTKH, v_BTKH):
     copies = math.lcm(K, axis_parts(HEADS)) // K
     q_BTNH, kv = constrain_heads(q_BTNH), (k_BTKH, v_BTKH)
     if copies > 1:
-        kv = (jnp.repeat(gather_heads(x), copies, axis=2) for x in kv)
+        return q_BTNH, *(_repeated_heads(gather_heads(x), copies) for x in kv)
     return q_BTNH, *map(constrain_heads, kv)
+
+
+def _repeated_heads(x_BTKH: jax.Array, copies: int) -> jax.Array:
+    """Each head `copies` times, [B, T, K * copies, H]; a device makes those that are its own."""
+    K, tensor = x_BTKH.shape[2], axis_parts("tensor")
+    own = K * copies // axis_parts(HEADS)
+    cut = "tensor" if K % tensor == 0 else None  # as `gather_heads` leaves it
+
+    def run(x):
+        head = (lax.axis_index(HEADS) * own + jnp.arange(own, dtype=jnp.int32)) // copies
+        if cut:
+            head = head - lax.axis_index(cut) * (K // tensor)
+        return jnp.take(x, head, axis=2, mode="clip")
+
+    return over_mesh(run, (P(ROWS, None, cut),), P(ROWS, None, HEADS))(x_BTKH)
 
 
 def _grouped(x_BTNH: jax.Array, heads: int, blocks: int) -> jax.Array:

@@ -1,9 +1,9 @@
 """Log-probs of given tokens without the logits: [tokens, vocabulary] never exists.
 
 On one device the tokens are cut into chunks. Over the devices of a mesh, and on a TPU, it is the
-vocabulary: each part of the output matrix is gathered once, used for all tokens of the device and
-let go, and its gradient is complete when the next part begins. So no device ever holds the whole
-matrix or its gradient, and nothing is gathered or reduced twice.
+vocabulary: the devices hold a shard of it each and pass it on in a ring, and with it the sum of its
+gradient, while they compute with it for all their tokens. So no device ever holds the whole output
+matrix or its gradient, nothing is gathered or reduced twice, and sending overlaps with computing.
 
 Legend: B rows, S scored positions of a row (padded), C chunk of them, M = B * S of one device,
 D hidden, V vocabulary, v part of it.
@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from saro_jax.models.attention import platform
 from saro_jax.models.dot import row_major
-from saro_jax.parallel.sharding import SHARDS, TOKENS, axis_parts, row_axes
+from saro_jax.parallel.sharding import SHARDS, TOKENS, WIDE, axis_parts, row_axes
 
 F32 = jnp.float32
 CHUNK = 256  # tokens of all rows together whose logits exist at one time
@@ -63,8 +63,10 @@ def token_scores(
     if row_axes(B, TOKENS) and (mesh.size > 1 or platform() == "tpu"):
         with jax.named_scope("logits"):
             low = None if low_rank is None else (low_rank[0], low_rank[1].astype(hidden_BSD.dtype))
-            inputs = (hidden_BSD, head_VD, low, target_BS, valid_BS)
-            return TokenScores(*cast(TokenScores, _by_parts(*inputs, softcap, entropy, train_head)))
+            padded = _whole_shards(head_VD, low)
+            inputs = (hidden_BSD, *padded, target_BS, valid_BS)
+            options = (head_VD.shape[0], softcap, entropy, train_head)
+            return TokenScores(*cast(TokenScores, _by_parts(*inputs, *options)))
     size = min(S, max(1, chunk // B))
     pad = -S % size
     if pad:
@@ -217,91 +219,114 @@ _scores.defvjp(_scores_fwd, _scores_bwd)
 class _Cut(NamedTuple):
     """How one call is laid out on the mesh."""
 
-    tensor: str | None  # axis that cuts the vocabulary
-    shards: tuple[str, ...]  # axes that cut the hidden axis of the output matrix
-    size: int  # of a part of one device's vocabulary
+    sizes: tuple[int, int]  # devices of the ring (SHARDS), rows of the output matrix on each
+    size: int  # of a part of them: what is computed at a time
     parts: int
+    real: int  # rows of the whole matrix that are no padding
 
 
-def _cut_of(hidden_BSD: jax.Array, head_VD: jax.Array) -> _Cut:
-    (B, S, D), V = hidden_BSD.shape, head_VD.shape[0]
-    tensor = axis_parts("tensor")
-    cuts = tensor > 1 and V % tensor == 0
-    shards = SHARDS if axis_parts(SHARDS) > 1 and D % axis_parts(SHARDS) == 0 else ()
-    local = V // (tensor if cuts else 1)
-    tokens = B * S // axis_parts(TOKENS)
-    parts = -(-local * tokens * 4 // PART)
+def _whole_shards(head_VD: jax.Array, low_rank):
+    """The output matrix and its adapter, padded with rows so that the shards are equal."""
+    pad = -head_VD.shape[0] % axis_parts(WIDE)
+    if not pad:
+        return head_VD, low_rank
+    head_VD = jnp.pad(head_VD, ((0, pad), (0, 0)))
+    if low_rank is not None:
+        low_rank = low_rank[0], jnp.pad(low_rank[1], ((0, 0), (0, pad)))
+    return head_VD, low_rank
+
+
+def _cut_of(hidden_BSD: jax.Array, head_VD: jax.Array, real: int) -> _Cut:
+    (B, S, _), V = hidden_BSD.shape, head_VD.shape[0]
+    local = V // axis_parts(WIDE)
+    parts = -(-local * (B * S // axis_parts(TOKENS)) * 4 // PART)
     size = min(local, -(-local // (parts * LANES)) * LANES)
-    return _Cut("tensor" if cuts else None, shards, size, -(-local // size))
+    return _Cut((axis_parts(SHARDS), local), size, -(-local // size), real)
 
 
-def _specs(cut: _Cut, low_rank) -> tuple[P, P, tuple[P, P] | None, P]:
+def _specs(low_rank) -> tuple[P, P, tuple[P, P] | None, P]:
     """Of hidden, output matrix, adapter and what has one entry a token."""
-    low = None if low_rank is None else (P(TOKENS), P(None, cut.tensor))
-    return P(TOKENS), P(cut.tensor, cut.shards or None), low, P(TOKENS)
+    low = None if low_rank is None else (P(TOKENS), P(None, "tensor"))
+    return P(TOKENS), P(WIDE), low, P(TOKENS)
 
 
-def _gathered(head_VD: jax.Array, start, cut: _Cut, dtype) -> jax.Array:
-    """Rows start..start + size of the output matrix in the compute dtype, whole: [v, D]."""
-    part = lax.dynamic_slice_in_dim(head_VD, start, cut.size, 0).astype(dtype)
-    return lax.all_gather(part, cut.shards, axis=1, tiled=True) if cut.shards else part
+def _pass_on(x: jax.Array, cut: _Cut) -> jax.Array:
+    """x of the next device of the ring."""
+    n = cut.sizes[0]
+    return x if n == 1 else lax.ppermute(x, SHARDS, [(i, (i - 1) % n) for i in range(n)])
 
 
-def _part_logits(i, hidden_MD, head_VD, low, cut: _Cut, softcap):
-    """(part [v, D], first column, logits [M, v], new): of part i; `new` [v]: in no part before."""
+def _first_row(k, cut: _Cut) -> jax.Array:
+    """Where, in the rows of this device's ring, the shard begins that is here in step k."""
+    n, local = cut.sizes
+    return (lax.axis_index(SHARDS) + k) % n * local if n > 1 else jnp.zeros((), jnp.int32)
+
+
+def _part_logits(i, held_vD, base, hidden_MD, low, cut: _Cut, softcap):
+    """(rows of the part in `held`, rows in the ring, logits [M, v], new [v]).
+
+    new: in no part before and no padding.
+    """
     wanted = i * cut.size
-    start = jnp.minimum(wanted, head_VD.shape[0] - cut.size)  # the last part begins earlier
-    part_vD = _gathered(head_VD, start, cut, hidden_MD.dtype)
+    start = jnp.minimum(wanted, held_vD.shape[0] - cut.size)  # the last part begins earlier
+    part_vD = lax.dynamic_slice_in_dim(held_vD, start, cut.size, 0)
     x_Mv = jnp.einsum("MD,vD->Mv", hidden_MD, part_vD, preferred_element_type=F32)
     if low is not None:
         u_Mr, b_rV = low
-        b_rv = lax.dynamic_slice_in_dim(b_rV, start, cut.size, 1)
+        b_rv = lax.dynamic_slice_in_dim(b_rV, base + start, cut.size, 1)
         x_Mv = x_Mv + jnp.einsum("Mr,rv->Mv", u_Mr, b_rv, preferred_element_type=F32)
     if softcap is not None:
         x_Mv = softcap * jnp.tanh(x_Mv / softcap)
-    new_v = start + jnp.arange(cut.size, dtype=jnp.int32) >= wanted
-    return part_vD, start, x_Mv, new_v
+    row_v = start + jnp.arange(cut.size, dtype=jnp.int32)
+    new_v = (row_v >= wanted) & (_first_of_ring(cut) + base + row_v < cut.real)
+    return start, part_vD, x_Mv, new_v
 
 
-def _own_targets(target_BS, head_VD, cut: _Cut) -> jax.Array:
-    """Targets counted from the first row of this device's part of the matrix, [M]."""
-    target_M = target_BS.reshape(-1)
-    return target_M - lax.axis_index(cut.tensor) * head_VD.shape[0] if cut.tensor else target_M
+def _first_of_ring(cut: _Cut) -> jax.Array:
+    """The row of the whole matrix with which the shards of this device's ring begin."""
+    return lax.axis_index("tensor") * cut.sizes[0] * cut.sizes[1]
 
 
 def _flat(low_rank):
-    return (
-        None if low_rank is None else (low_rank[0].reshape(-1, low_rank[0].shape[-1]), low_rank[1])
-    )
+    if low_rank is None:
+        return None
+    return low_rank[0].reshape(-1, low_rank[0].shape[-1]), low_rank[1]
 
 
 def _parts_forward(hidden_BSD, head_VD, low_rank, target_BS, valid_BS, *, cut, softcap, entropy):
     """Scores and the log of each softmax sum, [B, S] each, on one device."""
     hidden_MD, low = hidden_BSD.reshape(-1, hidden_BSD.shape[-1]), _flat(low_rank)
-    target_M = _own_targets(target_BS, head_VD, cut)
+    target_M = target_BS.reshape(-1) - _first_of_ring(cut)
 
-    def one_part(i, carry):
-        top, total, hit, spread = carry
-        _, start, x_Mv, new_v = _part_logits(i, hidden_MD, head_VD, low, cut, softcap)
-        x_Mv = jnp.where(new_v, x_Mv, -jnp.inf)
-        now = jnp.maximum(top, x_Mv.max(-1))
-        e_Mv = jnp.exp(x_Mv - now[:, None])
-        shrink = jnp.exp(top - now)
-        total = total * shrink + e_Mv.sum(-1)
-        at = target_M[:, None] == start + jnp.arange(cut.size, dtype=jnp.int32)
-        hit = hit + jnp.where(at & new_v, x_Mv, 0.0).sum(-1)
-        if entropy:
-            spread = spread * shrink + jnp.where(new_v, e_Mv * x_Mv, 0.0).sum(-1)
-        return now, total, hit, spread
+    def one_step(k, carry):
+        held_vD, sums = carry
+        base = _first_row(k, cut)
+
+        def one_part(i, sums):
+            top, total, hit, spread = sums
+            start, _, x_Mv, new_v = _part_logits(i, held_vD, base, hidden_MD, low, cut, softcap)
+            x_Mv = jnp.where(new_v, x_Mv, -jnp.inf)
+            now = jnp.maximum(top, x_Mv.max(-1))
+            e_Mv = jnp.exp(x_Mv - now[:, None])
+            shrink = jnp.exp(top - now)
+            total = total * shrink + e_Mv.sum(-1)
+            at = target_M[:, None] == base + start + jnp.arange(cut.size, dtype=jnp.int32)
+            hit = hit + jnp.where(at & new_v, x_Mv, 0.0).sum(-1)
+            if entropy:
+                spread = spread * shrink + jnp.where(new_v, e_Mv * x_Mv, 0.0).sum(-1)
+            return now, total, hit, spread
+
+        coming = _pass_on(held_vD, cut)
+        return coming, lax.fori_loop(0, cut.parts, one_part, sums)
 
     zeros = jnp.zeros(hidden_MD.shape[0], F32)
     start = (jnp.full_like(zeros, jnp.finfo(F32).min), zeros, zeros, zeros)
-    top, total, hit, spread = lax.fori_loop(0, cut.parts, one_part, start)
-    if cut.tensor:
-        highest = lax.pmax(top, cut.tensor)
-        shrink = jnp.exp(top - highest)
-        total, hit, spread = lax.psum((total * shrink, hit, spread * shrink), cut.tensor)
-        top = highest
+    held = head_VD.astype(hidden_MD.dtype)
+    _, (top, total, hit, spread) = lax.fori_loop(0, cut.sizes[0], one_step, (held, start))
+    highest = lax.pmax(top, "tensor")
+    shrink = jnp.exp(top - highest)
+    total, hit, spread = lax.psum((total * shrink, hit, spread * shrink), "tensor")
+    top = highest
     lse = top + jnp.log(total)
     scores = [hit - lse, (hit >= top).astype(F32), lse - spread / total if entropy else zeros]
     valid_M = valid_BS.reshape(-1)
@@ -315,47 +340,56 @@ def _parts_backward(
     """Gradients of hidden, output matrix (float32; None where frozen) and adapter."""
     hidden_MD, low = hidden_BSD.reshape(-1, hidden_BSD.shape[-1]), _flat(low_rank)
     target_M, lse_M, dlogp_M = (
-        _own_targets(target_BS, head_VD, cut),
+        target_BS.reshape(-1) - _first_of_ring(cut),
         lse_BS.reshape(-1, 1),
         dlogp_BS.reshape(-1, 1),
     )
 
-    def one_part(i, carry):
-        dhidden_MD, dhead_VD, dlow = carry
-        part_vD, start, x_Mv, new_v = _part_logits(i, hidden_MD, head_VD, low, cut, softcap)
-        at = target_M[:, None] == start + jnp.arange(cut.size, dtype=jnp.int32)
-        dx = jnp.where(new_v, (at - jnp.exp(x_Mv - lse_M)) * dlogp_M, 0.0)
-        if softcap is not None:
-            dx = dx * (1.0 - jnp.square(x_Mv / softcap))
-        dx = dx.astype(hidden_MD.dtype)
-        dhidden_MD += jnp.einsum("Mv,vD->MD", dx, part_vD, preferred_element_type=F32)
-        if train_head:
-            dpart = jnp.einsum("Mv,MD->vD", dx, hidden_MD, preferred_element_type=F32)
-            if cut.shards:
-                dpart = lax.psum_scatter(dpart, cut.shards, scatter_dimension=1, tiled=True)
-            dhead_VD = _add_at(dhead_VD, dpart, start, 0)
-        if low is not None:
-            u_Mr, b_rV = low
-            b_rv = lax.dynamic_slice_in_dim(b_rV, start, cut.size, 1)
-            du = dlow[0] + jnp.einsum("Mv,rv->Mr", dx, b_rv, preferred_element_type=F32)
-            db = jnp.einsum("Mr,Mv->rv", u_Mr, dx, preferred_element_type=F32)
-            dlow = du, _add_at(dlow[1], db, start, 1)
-        return dhidden_MD, dhead_VD, dlow
+    def one_step(k, carry):
+        held_vD, dhead_vD, dhidden_MD, dlow = carry
+        base = _first_row(k, cut)
+
+        def one_part(i, carry):
+            dhead_vD, dhidden_MD, dlow = carry
+            start, part_vD, x_Mv, new_v = _part_logits(
+                i, held_vD, base, hidden_MD, low, cut, softcap
+            )
+            at = target_M[:, None] == base + start + jnp.arange(cut.size, dtype=jnp.int32)
+            dx = jnp.where(new_v, (at - jnp.exp(x_Mv - lse_M)) * dlogp_M, 0.0)
+            if softcap is not None:
+                dx = dx * (1.0 - jnp.square(x_Mv / softcap))
+            dx = dx.astype(hidden_MD.dtype)
+            dhidden_MD += jnp.einsum("Mv,vD->MD", dx, part_vD, preferred_element_type=F32)
+            if train_head:
+                dpart = jnp.einsum("Mv,MD->vD", dx, hidden_MD, preferred_element_type=F32)
+                dhead_vD = _add_at(dhead_vD, dpart, start, 0)
+            if low is not None:
+                u_Mr, b_rV = low
+                b_rv = lax.dynamic_slice_in_dim(b_rV, base + start, cut.size, 1)
+                du = dlow[0] + jnp.einsum("Mv,rv->Mr", dx, b_rv, preferred_element_type=F32)
+                db = jnp.einsum("Mr,Mv->rv", u_Mr, dx, preferred_element_type=F32)
+                dlow = du, _add_at(dlow[1], db, base + start, 1)
+            return dhead_vD, dhidden_MD, dlow
+
+        # The sum of a shard's gradient travels with it: what comes is what others made of it.
+        coming = _pass_on(held_vD, cut)
+        summed = None if dhead_vD is None else _pass_on(dhead_vD, cut)
+        return coming, *lax.fori_loop(0, cut.parts, one_part, (summed, dhidden_MD, dlow))
 
     start = (
-        jnp.zeros(hidden_MD.shape, F32),
+        head_VD.astype(hidden_MD.dtype),
         jnp.zeros(head_VD.shape, F32) if train_head else None,
+        jnp.zeros(hidden_MD.shape, F32),
         None if low is None else (jnp.zeros(low[0].shape, F32), jnp.zeros(low[1].shape, F32)),
     )
-    dhidden_MD, dhead_VD, dlow = lax.fori_loop(0, cut.parts, one_part, start)
-    if cut.tensor:
-        dhidden_MD = lax.psum(dhidden_MD, cut.tensor)
+    _, dhead_VD, dhidden_MD, dlow = lax.fori_loop(0, cut.sizes[0], one_step, start)
+    dhidden_MD = lax.psum(dhidden_MD, "tensor")
     if dhead_VD is not None:
-        rest = tuple(axis for axis in TOKENS if axis not in cut.shards)
-        dhead_VD = lax.psum(dhead_VD, rest).astype(head_VD.dtype)
+        rest = tuple(axis for axis in TOKENS if axis not in SHARDS)
+        dhead_VD = lax.psum(_pass_on(dhead_VD, cut), rest).astype(head_VD.dtype)
     if dlow is not None:
         du, db = dlow
-        du = (lax.psum(du, cut.tensor) if cut.tensor else du).astype(hidden_BSD.dtype)
+        du = lax.psum(du, "tensor").astype(hidden_BSD.dtype)
         assert low_rank is not None
         db = lax.psum(db, TOKENS).astype(low_rank[1].dtype)
         dlow = du.reshape(low_rank[0].shape), db
@@ -367,16 +401,20 @@ def _add_at(x: jax.Array, part: jax.Array, start, axis: int) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(x, old + part, start, axis)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _by_parts(hidden_BSD, head_VD, low_rank, target_BS, valid_BS, softcap, entropy, train_head):
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _by_parts(
+    hidden_BSD, head_VD, low_rank, target_BS, valid_BS, real, softcap, entropy, train_head
+):
     return _by_parts_fwd(
-        hidden_BSD, head_VD, low_rank, target_BS, valid_BS, softcap, entropy, train_head
+        hidden_BSD, head_VD, low_rank, target_BS, valid_BS, real, softcap, entropy, train_head
     )[0]
 
 
-def _by_parts_fwd(hidden_BSD, head_VD, low_rank, target_BS, valid_BS, softcap, entropy, train_head):
-    cut = _cut_of(hidden_BSD, head_VD)
-    hidden, matrix, low, token = _specs(cut, low_rank)
+def _by_parts_fwd(
+    hidden_BSD, head_VD, low_rank, target_BS, valid_BS, real, softcap, entropy, train_head
+):
+    cut = _cut_of(hidden_BSD, head_VD, real)
+    hidden, matrix, low, token = _specs(low_rank)
     run = jax.shard_map(
         partial(_parts_forward, cut=cut, softcap=softcap, entropy=entropy),
         in_specs=(hidden, matrix, low, token, token),
@@ -387,11 +425,11 @@ def _by_parts_fwd(hidden_BSD, head_VD, low_rank, target_BS, valid_BS, softcap, e
     return TokenScores(*scores), (hidden_BSD, head_VD, low_rank, target_BS, valid_BS, lse_BS)
 
 
-def _by_parts_bwd(softcap, entropy, train_head, residuals, dscores):
+def _by_parts_bwd(real, softcap, entropy, train_head, residuals, dscores):
     hidden_BSD, head_VD, low_rank, target_BS, valid_BS, lse_BS = residuals
     dlogp_BS = jnp.where(valid_BS, dscores.logp, 0.0)
-    cut = _cut_of(hidden_BSD, head_VD)
-    hidden, matrix, low, token = _specs(cut, low_rank)
+    cut = _cut_of(hidden_BSD, head_VD, real)
+    hidden, matrix, low, token = _specs(low_rank)
     run = jax.shard_map(
         partial(_parts_backward, cut=cut, softcap=softcap, train_head=train_head),
         in_specs=(hidden, matrix, low, token, token, token),

@@ -167,18 +167,19 @@ def arrays(shape: str) -> list[Array]:
 def parse(text: str) -> Module:
     """Read `compiled.as_text()`; `ValueError` where there is no entry computation."""
     computations: dict[str, Computation] = {}
-    entry, current = None, None
+    entry, current, last = None, None, None
     for line in text.splitlines():
-        if line.endswith("{") and not line.startswith(" "):
-            found = _HEADER.match(line)
-            if found:
-                current = computations.setdefault(found.group(2), {})
-                entry = found.group(2) if found.group(1) else entry
-        elif line.startswith("  ") and current is not None and " = " in line:
-            one = _instruction(line)
-            current[one.name] = one
-        elif line.startswith("}"):
+        if line.endswith("{") and (found := _HEADER.match(line)):
+            current = computations.setdefault(found.group(2), {})
+            entry = found.group(2) if found.group(1) else entry
+        elif line == "}":
             current = None
+        elif current is not None and line.startswith("  ") and " = " in line:
+            last = _instruction(line)
+            current[last.name] = last
+        elif current is not None and last is not None:  # a kernel's metadata may hold line breaks
+            last = last._replace(attributes=last.attributes + line)
+            current[last.name] = last
     if entry is None:
         raise ValueError("no entry computation in the HLO text")
     return Module(computations, entry)
@@ -190,9 +191,9 @@ def _closing(text: str, start: int) -> int:
     while i < len(text):
         c = text[i]
         if c == '"':
-            i = text.find('"', i + 1)
-            if i < 0:
-                break
+            i += 1
+            while i < len(text) and text[i] != '"':
+                i += 2 if text[i] == "\\" else 1
         elif c in "({":
             depth += 1
         elif c in ")}":

@@ -18,6 +18,8 @@ SHARDS = ("fsdp", "sequence")  # the weights, beside "tensor": gathered where th
 WIDE = ("tensor", *SHARDS)
 HEADS = ("tensor", "sequence")  # attention's heads: each device sees whole rows of some heads
 
+HOST = "pinned_host"  # the kind of memory
+
 # First match wins, on the path of the leaf joined with "/". Layers are stacked on axis 0. Optimizer
 # moments carry the parameter's path as a suffix, so the same rules serve them.
 RULES: tuple[tuple[str, P], ...] = (
@@ -112,6 +114,29 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, spec(path_name(path), leaf.shape, mesh.shape)), tree
     )
+
+
+def check_offload(mesh: Mesh) -> None:
+    """Refuse to keep moments on a host whose memory the devices do not address."""
+    device = mesh.local_mesh.devices.flat[0]
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    if HOST not in kinds:
+        raise ValueError(
+            f"optimizer.offload=true: {device.device_kind} has no {HOST} memory, only "
+            f"{', '.join(sorted(kinds))}; set it to false"
+        )
+
+
+def on_host(places: Any, shapes: Any) -> Any:
+    """The shardings of a tree with its arrays in the host's memory; scalars stay."""
+    return jax.tree.map(
+        lambda place, leaf: place.with_memory_kind(HOST) if leaf.ndim else place, places, shapes
+    )
+
+
+def to_memory(tree: Any, space: Any) -> Any:
+    """The arrays of a tree in a `jax.memory.Space`, Host or Device; scalars stay."""
+    return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, tree)
 
 
 def rows(mesh: Mesh) -> NamedSharding:

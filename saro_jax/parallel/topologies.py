@@ -127,7 +127,7 @@ class Topology:
             whole = self.shape == (16, 16)
             return (whole, whole, False)
         whole = all(size % 4 == 0 for size in self.shape)
-        return (whole,) * 3
+        return (whole, whole, whole)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def _unknown(name: str, text: str) -> ValueError:
     return ValueError(f"topology {name!r}: unknown{hint}")
 
 
-def devices(topology: Topology) -> list[jax.Device]:
+def devices(topology: Topology) -> list[Any]:
     """The devices of a topology that this machine need not have; they only compile.
 
     A ValueError where libtpu is not installed or refuses the shape.

@@ -45,6 +45,8 @@ def estimate(
     weights      of the trained and the frozen leaves in their dtypes; the trained ones twice with
                  a resident reference
     moments      8 n (AdamW), n = trained parameters; float32
+                 with optimizer.offload (not on a CPU, which is the host) they come for the update
+                 only, when there are no activations: what does not fit in their place counts
     gradients    4 n, the float32 sum of the step, which the backward pass adds to; with bfloat16
                  weights 8 n: the block's own too, and their float32 copy
     activations  t tokens of a block: what the remat policy keeps of each of L layers, and one
@@ -76,12 +78,17 @@ def estimate(
     working = (4 * D + 2 * N + 2 * K + 4 * F) * 4
     read_only = sum(leaf.size * leaf.dtype.itemsize for leaf in frozen)
     chunk = min(CHUNK, max(1, int(tokens)))
+    moments = (8 if config.optimizer.name == "adamw" else 0) * trained / parts
+    activations = tokens * (arch.num_layers * kept + working)
+    head = 3 * chunk * V * 4 + V * D * (compute + 8) / parts
+    if config.optimizer.offload and not cpu:
+        moments = max(0.0, moments - activations - head)
     return Memory(
         weights=(copies * trained * width + read_only) / parts,
-        moments=(8 if config.optimizer.name == "adamw" else 0) * trained / parts,
+        moments=moments,
         gradients=trained * (4 if width == 4 else 8) / parts,
-        activations=tokens * (arch.num_layers * kept + working),
-        head=3 * chunk * V * 4 + V * D * (compute + 8) / parts,
+        activations=activations,
+        head=head,
         process=GIB / 2 if cpu else 0,
     )
 

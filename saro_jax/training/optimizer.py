@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from saro_jax.config import LoRAConfig, OptimizerConfig
+from saro_jax.parallel import sharding
 from saro_jax.parallel.sharding import path_name
 
 
@@ -93,4 +94,19 @@ def make(
     parts.append(optax.scale_by_learning_rate(schedule))
     if lora is not None and adapter_ratio(config, lora) != 1.0:
         parts.append(scale_adapters(adapter_ratio(config, lora)))
-    return optax.chain(*parts)
+    whole = optax.chain(*parts)
+    return offloaded(whole) if config.offload else whole
+
+
+def offloaded(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` with its moments in the host's memory, moved to the devices for an update."""
+
+    def init(params):
+        return sharding.to_memory(inner.init(params), jax.memory.Space.Host)
+
+    def update(updates, state, params=None):
+        here = sharding.to_memory(state, jax.memory.Space.Device)
+        updates, new = inner.update(updates, here, params)
+        return updates, sharding.to_memory(new, jax.memory.Space.Host)
+
+    return optax.GradientTransformation(init, update)

@@ -183,14 +183,22 @@ def abstract_params(arch: Architecture, dtype: Any) -> Any:
 
 
 def init_state(
-    optimizer: optax.GradientTransformation, params: Any, mesh: Mesh, *, resident: bool = False
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    mesh: Mesh,
+    *,
+    resident: bool = False,
+    offload: bool = False,
 ) -> State:
     """State at step 0, the optimizer's moments laid out as the parameters they belong to.
 
-    resident: with a copy of the parameters as the reference policy.
+    resident: with a copy of the parameters as the reference policy. offload: the moments in the
+    host's memory, for an optimizer that expects them there.
     """
     shapes = jax.eval_shape(optimizer.init, params)
-    inner = jax.jit(optimizer.init, out_shardings=sharding.shardings(mesh, shapes))(params)
+    places = sharding.shardings(mesh, shapes)
+    places = sharding.on_host(places, shapes) if offload else places
+    inner = jax.jit(optimizer.init, out_shardings=places)(params)
     # Committed to the mesh like the rest, so that step 1 and step 2 are one program.
     start = distributed.place(np.zeros((), np.int32), NamedSharding(mesh, PartitionSpec()))
     # A copy: the parameters' own buffers are donated to the first update.
@@ -200,7 +208,11 @@ def init_state(
 
 def owned(state: State) -> State:
     """The same arrays in buffers of XLA's own: restored ones on CPU can not be donated."""
-    return jax.jit(lambda s: jax.tree.map(lambda x: x + 0, s))(state)
+    leaves, tree = jax.tree.flatten(state)
+    # What lies in the host's memory (optimizer.offload) stays: nothing is computed there.
+    here = {i: x for i, x in enumerate(leaves) if x.sharding.memory_kind != sharding.HOST}
+    copies = jax.jit(lambda xs: jax.tree.map(lambda x: x + 0, xs))(here)
+    return tree.unflatten([copies.get(i, x) for i, x in enumerate(leaves)])
 
 
 def programs(
