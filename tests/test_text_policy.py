@@ -195,3 +195,4 @@ def test_a_built_wheel_has_the_policy_and_the_text_files(tmp_path: Path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert "saro_jax/policies/saro.yaml" in names
     assert "saro_jax/configs/quickstart.yaml" in names
+    assert "saro_jax/text/prompts/t1_reason_safe.txt" in names
