@@ -130,18 +130,22 @@ def definitions(policy: Policy) -> str:
 def from_label(policy: Policy, label: str) -> tuple[str, ...]:
     """The categories that a label means: an id of the policy, or a name of any taxonomy.
 
-    Case, "O1: " before a name and spaces do not count; codes need their taxonomy, see `from_code`.
-    Empty for a label that nothing names.
+    The nearest category first: the one whose maps have the name first, in the shortest list. Case,
+    "O1: " before a name and spaces do not count; codes need their taxonomy, see `from_code`. Empty
+    for a label that nothing names.
     """
     if label in policy.categories:
         return (label,)
     wanted = _plain(re.sub(r"^\s*[A-Za-z]\d+\s*:\s*", "", label))
-    return tuple(
-        category.id
-        for category in policy.categories.values()
-        if wanted in {_plain(name) for names in category.maps.values() for name in names}
-        or wanted == _plain(category.name)
-    )
+    found: dict[str, tuple[int, int]] = {}
+    for category in policy.categories.values():
+        lists = [[_plain(name) for name in names] for names in category.maps.values()]
+        ranks = [(names.index(wanted), len(names)) for names in lists if wanted in names]
+        if wanted == _plain(category.name):
+            ranks.append((-1, 0))
+        if ranks:
+            found[category.id] = min(ranks)
+    return tuple(sorted(found, key=lambda name: found[name]))
 
 
 def from_code(policy: Policy, taxonomy: str, code: str) -> tuple[str, ...]:
