@@ -90,10 +90,11 @@ def _declines(
     slots |= {"offer": offer["plan"], "offer_sentence": offer["answer"]}
     mode = rule.mode
     is_attack = prompt.attack is not None
-    steps = [_say(rng, "unwrap" if is_attack else "understand", slots)]
+    steps = []
     if is_attack and rng.random() < REFLECT:
-        slot = rng.choice(("reflect_marked", "reflect_unmarked"))
-        steps.append(_say(rng, slot, slots))
+        steps.append(_say(rng, "naive", slots))
+        steps.append(_say(rng, rng.choice(("reflect_marked", "reflect_unmarked")), slots))
+    steps.append(_say(rng, "unwrap" if is_attack else "understand", slots))
     if rng.random() < RISK:
         steps.append(_say(rng, "risk", slots))
     frame_rule = _wrapper_rule(category.rules, policy) if wrapped else None
