@@ -119,7 +119,7 @@ def _cosines(texts: Sequence[str], evaluation: Sequence[str]) -> list[tuple[floa
 def near_duplicates(texts: Sequence[str], threshold: float, n: int = 3) -> dict[int, int]:
     """Texts whose words' runs of n have a Jaccard index of at least `threshold` with a kept one.
 
-    The earlier text is kept: {later: earlier}. Candidates come from MinHash (16 bands of 4), and
+    The earlier text is kept: {later: earlier}. Candidates come from MinHash (32 bands of 2), and
     are then compared exactly.
     """
     sets = [set(shingles(words(text), n)) or {tuple(words(text))} for text in texts]
@@ -127,7 +127,7 @@ def near_duplicates(texts: Sequence[str], threshold: float, n: int = 3) -> dict[
     found: dict[int, int] = {}
     for i, one in enumerate(sets):
         signature = _minhash(one)
-        keys = [(band, tuple(signature[4 * band : 4 * band + 4])) for band in range(16)]
+        keys = [(band, tuple(signature[2 * band : 2 * band + 2])) for band in range(32)]
         candidates = sorted({j for key in keys for j in buckets.get(key, ())})
         same = next((j for j in candidates if jaccard(one, sets[j]) >= threshold), None)
         if same is not None:
