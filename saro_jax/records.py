@@ -18,7 +18,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -521,30 +521,41 @@ def resume(
     """`work(id, item)` of every id that the journal lacks; all values, in the order of the items.
 
     At most `concurrency` calls run at a time, in threads, and each result is in the journal before
-    the next call starts in its place. An error of `work` is raised after the calls that run have
-    ended and are kept. `progress` is told how many were done, first those of earlier runs.
+    the next call starts in its place. An error of `work`, and an interrupt, are raised after the
+    calls that run have ended and are kept. `progress` is told how many were done, first those of
+    earlier runs.
     """
     todo = iter([record_id for record_id in items if record_id not in journal.values])
     tell = progress or (lambda _: None)
     tell(sum(record_id in journal.values for record_id in items))
     failed: BaseException | None = None
+    running: dict[Future[Any], str] = {}
+
+    def keep(done: Iterable[Future[Any]]) -> None:
+        nonlocal failed
+        for future in done:
+            record_id = running.pop(future)
+            if (error := future.exception()) is not None:
+                failed = failed or error
+                continue
+            journal.append(record_id, future.result())
+            tell(1)
+
     with ThreadPoolExecutor(concurrency) as pool:
-        running: dict[Any, str] = {}
-        while True:
-            while failed is None and len(running) < concurrency:
-                record_id = next(todo, None)
-                if record_id is None:
+        try:
+            while True:
+                while failed is None and len(running) < concurrency:
+                    record_id = next(todo, None)
+                    if record_id is None:
+                        break
+                    running[pool.submit(work, record_id, items[record_id])] = record_id
+                if not running:
                     break
-                running[pool.submit(work, record_id, items[record_id])] = record_id
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                record_id = running.pop(future)
-                if (error := future.exception()) is not None:
-                    failed = failed or error
-                    continue
-                journal.append(record_id, future.result())
-                tell(1)
+                keep(wait(running, return_when=FIRST_COMPLETED).done)
+        except BaseException:  # an interrupt: what was begun is paid for
+            tell = lambda _: None  # noqa: E731
+            keep(wait(running).done)
+            raise
     if failed is not None:
         raise failed
     return {record_id: journal.values[record_id] for record_id in items}

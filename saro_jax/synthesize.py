@@ -187,6 +187,7 @@ def run(
             for kind in records.KINDS
             if any(one.kind == kind for one in prompts)
         },
+        "decisions": filters.decisions(accepted, kept),
         "teacher_refusals": sum(
             any(reply.get("fallback") for reply in one) for one in replies.values()
         ),
@@ -290,7 +291,11 @@ def _ask(
     out: Path,
     progress: bool,
 ) -> dict[str, list[dict[str, Any]]]:
-    """The teacher's replies by prompt, from the journal where they are there."""
+    """The teacher's replies by prompt, from the journal where they are there.
+
+    A reply is {text, finish, seed, attempt}; one that does not parse too. A teacher that only
+    refuses is replaced by the template teacher, whose replies have a `fallback`.
+    """
     sampler = Sampler(
         temperature=settings.temperature,
         top_p=settings.top_p,
@@ -316,55 +321,61 @@ def _ask(
         ),
     }
 
-    def work(_: str, prompt: Prompt) -> list[dict[str, Any]]:
-        return _replies(teacher, spare, policy, prompt, settings, sampler, seed)
+    def work(_: str, item: tuple[Prompt, int, int]) -> list[dict[str, Any]]:
+        prompt, attempt, wanted = item
+        own = _seed(seed, prompt, attempt)
+        found = teacher.generate(
+            messages(prompt, policy, settings.render),
+            wanted,
+            sampler.model_copy(update={"seed": own}),
+        )
+        return [one | {"seed": own, "attempt": attempt} for one in found]
 
     name = f"replies-{records.sha256(records.to_json(key))[:12]}.jsonl"
-    bar = tqdm(total=len(prompts), unit="prompt", desc="teacher", disable=not progress)
     # A prompt's categories and answer are part of what is asked.
-    ids = {records.content_id(one.model_dump(mode="json")): one for one in prompts}
+    ids = {prompt.id: records.content_id(prompt.model_dump(mode="json")) for prompt in prompts}
+    found: dict[str, list[dict[str, Any]]] = {prompt.id: [] for prompt in prompts}
+    wanted = dict.fromkeys(found, settings.n)
+    bar = tqdm(total=len(prompts), unit="request", desc="teacher", disable=not progress)
+
+    def tell(count: int) -> None:
+        bar.update(count)
 
     with bar, Journal(out / "journal" / name, key) as journal:
-
-        def tell(count: int) -> None:
-            bar.update(count)
-
-        found = records.resume(journal, ids, work, settings.concurrency, tell)
-    return {ids[name].id: replies for name, replies in found.items()}
-
-
-def _replies(
-    teacher: Teacher,
-    spare: Teacher,
-    policy: Policy,
-    prompt: Prompt,
-    settings: SynthesizeConfig,
-    sampler: Sampler,
-    seed: int,
-) -> list[dict[str, Any]]:
-    """All replies that were asked for, those that do not parse too: {text, finish, seed, ...}.
-
-    Of replies that do not parse as many are asked for again, with another seed. A teacher that only
-    refuses to reason about a prompt is replaced by the template teacher.
-    """
-    asked = messages(prompt, policy, settings.render)
-    found: list[dict[str, Any]] = []
-    wanted = settings.n
-    for attempt in range(1 + settings.retries):
-        own = int(records.sha256(f"{seed}:{prompt.id}:{attempt}")[:8], 16)
-        replies = teacher.generate(asked, wanted, sampler.model_copy(update={"seed": own}))
-        replies = [one | {"seed": own, "attempt": attempt} for one in replies]
-        found += replies
-        wanted = sum(not _well_formed(one) for one in replies)
-        if not wanted:
-            break
-    good = sum(_well_formed(one) for one in found)
-    refused = sum(refuses(reasoning.parse(one["text"]).answer) for one in found)
-    if found and not good and refused == len(found) and prompt.kind != "benign":
-        own = int(records.sha256(f"{seed}:{prompt.id}:spare")[:8], 16)
-        extra = spare.generate(asked, settings.n, sampler.model_copy(update={"seed": own}))
-        found += [one | {"seed": own, "attempt": 0, "fallback": spare.name} for one in extra]
+        for attempt in range(1 + settings.retries):
+            # Of answers that do not parse as many are asked for again, with another seed.
+            items = {
+                f"{ids[one.id]}:{attempt}": (one, attempt, wanted[one.id])
+                for one in prompts
+                if wanted[one.id]
+            }
+            if attempt:
+                bar.reset(bar.total + len(items))
+                bar.update(bar.total - len(items))
+            made = records.resume(journal, items, work, settings.concurrency, tell)
+            for (prompt, _, _), replies in zip(items.values(), made.values(), strict=True):
+                found[prompt.id] += replies
+                wanted[prompt.id] = sum(not _well_formed(one) for one in replies)
+    for prompt in prompts:
+        if _refused(prompt, found[prompt.id]):
+            own = _seed(seed, prompt, "spare")
+            asked = messages(prompt, policy, settings.render)
+            extra = spare.generate(asked, settings.n, sampler.model_copy(update={"seed": own}))
+            found[prompt.id] += [
+                one | {"seed": own, "attempt": 0, "fallback": spare.name} for one in extra
+            ]
     return found
+
+
+def _seed(seed: int, prompt: Prompt, attempt: int | str) -> int:
+    return int(records.sha256(f"{seed}:{prompt.id}:{attempt}")[:8], 16)
+
+
+def _refused(prompt: Prompt, replies: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all that a teacher said of a prompt is that it will not reason about it."""
+    if not replies or prompt.kind == "benign" or any(_well_formed(one) for one in replies):
+        return False
+    return all(refuses(reasoning.parse(one["text"]).answer) for one in replies)
 
 
 def _well_formed(reply: Mapping[str, Any]) -> bool:

@@ -213,3 +213,11 @@ def test_yields_count_by_kind():
         "drop_reasons": {"format": 1},
     }
     assert found["benign"]["yield"] == 1.0
+
+
+def test_decisions_before_and_after_the_choice():
+    items = [judged(GOOD, i=i) for i in range(3)]
+    items.append(judged(GOOD.replace("refuse", "safe_complete"), i=3))
+    assert filters.decisions(items, items[:1]) == {
+        "harmful": {"accepted": {"refuse": 0.75, "safe_complete": 0.25}, "kept": {"refuse": 1.0}}
+    }

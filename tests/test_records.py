@@ -259,6 +259,21 @@ def test_an_error_keeps_what_was_done_and_only_the_rest_is_done_again(tmp_path: 
     assert sorted(set(calls)) == sorted(items) and len(calls) == 9
 
 
+def test_an_interrupt_keeps_the_calls_that_run(tmp_path: Path):
+    def work(record_id: str, item: int) -> int:
+        time.sleep(0.01 * item)
+        return item
+
+    def interrupt(count: int) -> None:
+        if count:
+            raise KeyboardInterrupt
+
+    with Journal(tmp_path / "j", KEY) as journal, pytest.raises(KeyboardInterrupt):
+        records.resume(journal, {f"i{n}": n for n in range(9)}, work, 3, interrupt)
+    with Journal(tmp_path / "j", KEY) as journal:
+        assert sorted(journal.values) == ["i0", "i1", "i2"]
+
+
 WORKER = """
 import sys, time
 from pathlib import Path

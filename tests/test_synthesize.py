@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from saro_jax import config as configuration
 from saro_jax import records, synthesize
 from saro_jax.config import Config, SynthesizeConfig
 from saro_jax.data import rows
@@ -125,6 +124,8 @@ def test_the_shortest_accepted_answer_is_kept(straight: Path):
         enough = [n for n in lengths.values() if n >= 40] or list(lengths.values())
         assert lengths[chosen] in (min(enough), max(enough), min(lengths.values()))
     report = json.loads((straight / "manifest.json").read_text())["report"]["lengths"]
+    shares = json.loads((straight / "manifest.json").read_text())["report"]["decisions"]
+    assert all(one["accepted"] == one["kept"] for one in shares.values())
     for kind in ("harmful", "jailbreak"):
         tokens = [one["reasoning_tokens"] for one in report[kind]]
         assert tokens[-1] < tokens[0]
@@ -463,35 +464,42 @@ def test_the_table_has_every_setting(data: Path):
     assert set(changes(data)) | {"concurrency"} == set(SynthesizeConfig.model_fields)
 
 
+@pytest.fixture(scope="module")
+def baselines() -> dict[str, Any]:
+    """Filled by the tests below: runs by what they need beside the change."""
+    return {}
+
+
 @pytest.mark.parametrize("name", sorted(changes(Path())))
-def test_a_setting_changes_something(name: str, data: Path, tmp_path: Path, monkeypatch):
+def test_a_setting_changes_something(name: str, data, baselines, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(records, "provenance", dict)  # asks git, which takes its time
-    if not (data / "policy.yaml").exists():
+    if not (data / "folder").exists():
         import tiny
 
         tiny.tokenizer().save_pretrained(data / "model")
         text = policy_path("saro").read_text().replace("version: 1.0.0", "version: 1.0.1")
         (data / "policy.yaml").write_text(text)
+        (data / "folder").mkdir()
+        for split in ("train", "test"):
+            text = json.dumps({"prompt": f"A {split} prompt?", "answer": "Yes."})
+            (data / "folder" / f"{split}.jsonl").write_text(text + "\n")
+    kinds = ("harmful", "benign", "borderline")
+    files = [f"{kind}={data}/{kind}.jsonl" for kind in kinds]
     value, needs = changes(data)[name]
-    (tmp_path / "folder").mkdir()
-    for split in ("train", "test"):
-        text = json.dumps({"prompt": f"A {split} prompt?", "answer": "Yes."})
-        (tmp_path / "folder" / f"{split}.jsonl").write_text(text + "\n")
 
     def run(out: Path, **settings: Any) -> Any:
         Half.seen = []
-        base = config(data, **settings)
-        given = [*configuration.names(base.synthesize.prompts), f"benign={tmp_path}/folder"]
-        if name != "prompts":
-            section = base.synthesize.model_copy(update={"prompts": given})
-            base = base.model_copy(update={"synthesize": section})
+        given: dict[str, Any] = {"prompts": [*files, f"benign={data}/folder"]} | settings
         try:
-            synthesize.run(base, out, teacher=Half)
+            synthesize.run(config(data, **given), out, teacher=Half)
         except ValueError as error:
             return str(error)
         return contents(out), sorted(Half.seen)
 
-    assert run(tmp_path / "a", **needs) != run(tmp_path / "b", **needs, **{name: value})
+    key = json.dumps(needs)
+    if key not in baselines:
+        baselines[key] = run(tmp_path / "before", **needs)
+    assert baselines[key] != run(tmp_path / "after", **needs, **{name: value})
 
 
 def test_concurrency_is_how_many_requests_run_at_a_time(data: Path, tmp_path: Path):

@@ -341,3 +341,18 @@ def yields(
             "drop_reasons": dict(sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))),
         }
     return report
+
+
+def decisions(accepted: Sequence[Judged], kept: Sequence[Judged]) -> dict[str, dict[str, Any]]:
+    """Per kind the shares of each decision among accepted answers and among kept ones.
+
+    They should agree within a few points: else the choice of the shortest prefers a decision.
+    """
+    report: dict[str, dict[str, Any]] = {}
+    for name, items in (("accepted", accepted), ("kept", kept)):
+        for kind in KINDS:
+            mine = Counter(item.trace.decision for item in items if item.prompt.kind == kind)
+            if mine:
+                shares = {one: round(mine[one] / mine.total(), 4) for one in sorted(mine)}
+                report.setdefault(kind, {})[name] = shares
+    return report
