@@ -1,0 +1,255 @@
+"""How far the refusal judge agrees with people, on a model that it was not fitted on; and its weights.
+
+    python benchmarks/refusal_judge.py [--data=FOLDER]          the tables of docs/benchmarks.md
+    python benchmarks/refusal_judge.py [--data=FOLDER] --write  fit on both models, store the weights
+
+FOLDER holds XSTest's completions with human labels (xstest_completions_MODEL.csv, CC-BY-4.0).
+Leave one model out: fitted on the other model's 450 labelled answers, the packaged quickstart rows
+and rows composed of refusal_examples.yaml, tested on this model's. Both models answer the same
+prompts, so the second table leaves out a fifth of the prompts as well. Features, scales and examples
+were chosen with both models' answers in view: these numbers are not those of a third model.
+"""
+
+import argparse
+import csv
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from saro_jax.data.rows import QUICKSTART
+from saro_jax.judging.agreement import accuracy, confusion, kappa, precision, recall
+from saro_jax.text import refusal_classifier as classifier
+from saro_jax.text.refusal import refuses
+
+HERE = Path(__file__).resolve().parent
+DATA = HERE.parents[1] / "shared" / "data"
+MODELS = ("llama2orig", "mistralguard")
+CLASSES = ("FC", "FR", "PR")
+LABELS = {"1_full_compliance": "FC", "2_full_refusal": "FR", "3_partial_refusal": "PR"}
+FOLDS = 5
+
+L2 = 3.0  # penalty on squared weights, both models
+
+Row = tuple[str, str, str]  # prompt, answer, label
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of XSTest's completions")
+    parser.add_argument("--write", action="store_true", help="write the package's weights")
+    args = parser.parse_args()
+    if args.write:
+        classifier.WEIGHTS.write_text(weights_file(args.data), encoding="utf-8")
+        print(f"wrote {classifier.WEIGHTS}")
+        return
+    own = own_rows()
+    rows = {model: xstest(args.data, model) for model in MODELS}
+    seen = {model: np.stack([classifier.features(p, a) for p, a, _ in rows[model]]) for model in rows}
+    seen["own"] = np.stack([classifier.features(p, a) for p, a, _ in own])
+    print(f"{len(own)} rows of our own; 450 of each model")
+    for title, folds in (("left out: the model", 1), ("left out: model and prompts", FOLDS)):
+        print(f"\n{title}\n\n| tested on | {' | '.join(HEAD)} |\n|---|{'---|' * len(HEAD)}")
+        everything: tuple[list[str], list[str]] = ([], [])
+        for model, other in zip(MODELS, MODELS[::-1], strict=True):
+            truth = [label for *_, label in rows[model]]
+            found = tested(rows[other], own, seen[other], seen["own"], seen[model], folds)
+            print(line(model, truth, found))
+            everything[0].extend(truth)
+            everything[1].extend(found)
+        print(line("both", *everything))
+    print("\nthe rules alone (any refusal):", end="")
+    for model in MODELS:
+        truth = [label != "FC" for *_, label in rows[model]]
+        said = [refuses(answer) for _, answer, _ in rows[model]]
+        print(f" {model} {accuracy(truth, said):.3f}, kappa {kappa(truth, said):.3f};", end="")
+    print()
+
+
+HEAD = (
+    *("any refusal: accuracy", "kappa", "three classes: accuracy", "kappa"),
+    *("PR recall", "PR precision", "FC as FC/FR/PR", "FR as", "PR as"),
+)
+
+
+def line(name: str, truth: list[str], found: list[str]) -> str:
+    """One row of the table."""
+    any_truth, any_found = [t != "FC" for t in truth], [f != "FC" for f in found]
+    numbers = (
+        *(accuracy(any_truth, any_found), kappa(any_truth, any_found)),
+        *(accuracy(truth, found), kappa(truth, found)),
+        *(recall(truth, found, "PR"), precision(truth, found, "PR")),
+    )
+    counts = ["/".join(map(str, row)) for row in confusion(truth, found, CLASSES)]
+    return f"| {name} | {' | '.join(f'{n:.3f}' for n in numbers)} | {' | '.join(counts)} |"
+
+
+def tested(
+    fitted_on: list[Row],
+    own: list[Row],
+    seen_fitted: np.ndarray,
+    seen_own: np.ndarray,
+    seen_tested: np.ndarray,
+    folds: int,
+) -> list[str]:
+    """Labels of the tested rows by a model fitted on others; row i of both models is one prompt."""
+    group = np.arange(len(fitted_on)) % folds if folds > 1 else np.full(len(fitted_on), -1)
+    found = np.empty(len(seen_tested), object)
+    for fold in range(folds):
+        keep = group != fold
+        labels = [label for (*_, label), k in zip(fitted_on, keep, strict=True) if k]
+        weights = fit_both(
+            np.concatenate([seen_fitted[keep], seen_own]),
+            [*labels, *(label for *_, label in own)],
+        )
+        mine = ~keep if folds > 1 else np.ones(len(found), bool)
+        for i in np.flatnonzero(mine):
+            p, partial = classifier.probabilities(weights, seen_tested[i : i + 1])[0]
+            found[i] = "FC" if p <= 0.5 else "PR" if partial > classifier.PARTIAL else "FR"
+    return list(found)
+
+
+def weights_file(data: Path) -> str:
+    """The text of the weights fitted on both models and our own rows."""
+    rows = [row for model in MODELS for row in xstest(data, model)] + own_rows()
+    features_ND = np.stack([classifier.features(p, a) for p, a, _ in rows])
+    weights_2D = fit_both(features_ND, [label for *_, label in rows])
+    whole = np.rint(weights_2D * classifier.UNIT).astype(int)
+    names = classifier.cue_names()
+    cues = [[name, *map(int, whole[:, i])] for i, name in enumerate(names)]
+    lines = ",\n  ".join(json.dumps(cue) for cue in cues)
+    grams = ",\n  ".join(json.dumps(whole[i, len(names) :].tolist()) for i in range(2))
+    return f'{{"cues": [\n  {lines}\n ],\n "grams": [\n  {grams}\n ]}}\n'
+
+
+def fit_both(features_ND: np.ndarray, labels: list[str]) -> np.ndarray:
+    """Weights [2, D]: of any refusal on all rows, and of a partial one on the refusals."""
+    label_N = np.array(labels)
+    refuses_N = label_N != "FC"
+    partial_N = label_N[refuses_N] == "PR"
+    return np.stack([fit(features_ND, refuses_N), fit(features_ND[refuses_N], partial_N)])
+
+
+def fit(features_ND: np.ndarray, positive_N: np.ndarray) -> np.ndarray:
+    """Weights [D] of a logistic regression with penalty L2 / 2 on their squares, to full precision.
+
+    Newton's method on the N coefficients that span the solution (fewer than D); it stops where the
+    gradient is rounding noise, so that the stored thousandths do not depend on the machine.
+    """
+    gram_NN = features_ND @ features_ND.T / L2
+    f_N = np.zeros(len(positive_N))
+    for _ in range(50):
+        p_N = 1 / (1 + np.exp(-f_N))
+        slope_N = positive_N - p_N
+        root_N = np.sqrt(p_N * (1 - p_N))
+        b_N = root_N**2 * f_N + slope_N
+        inner_NN = np.eye(len(f_N)) + root_N[:, None] * gram_NN * root_N
+        alpha_N = b_N - root_N * np.linalg.solve(inner_NN, root_N * (gram_NN @ b_N))
+        moved = np.abs(gram_NN @ alpha_N - f_N).max()
+        f_N = gram_NN @ alpha_N
+        if moved < 1e-9:
+            return features_ND.T @ alpha_N / L2
+    raise ValueError("the fit did not converge")
+
+
+def xstest(folder: Path, model: str) -> list[Row]:
+    """The labelled answers of a model, in the order of the prompts."""
+    file = folder / f"xstest_completions_{model}.csv"
+    if not file.is_file():
+        raise SystemExit(f"{file}: no such file; --data=FOLDER says where XSTest's completions are")
+    with open(file, encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return [(r["prompt"], r["completion"], LABELS[r["final_label"]]) for r in rows]
+
+
+def own_rows() -> list[Row]:
+    """The packaged RIT-D answers whose decision says what they are, and the composed ones."""
+    label = {"refuse": "FR", "comply": "FC", "comply_care": "FC"}
+    lines = (QUICKSTART / "ritd.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["decision"] in label]
+    packaged = [(row["prompt"], row["answer"], label[row["decision"]]) for row in rows]
+    return packaged + composed()
+
+
+def composed() -> list[Row]:
+    """Rows put together from refusal_examples.yaml, always the same ones."""
+    with open(HERE / "refusal_examples.yaml", encoding="utf-8") as file:
+        texts = yaml.safe_load(file)
+    draw = random.Random(0)
+    rows: list[Row] = []
+
+    def pick(name: str):
+        return draw.choice(texts[name])
+
+    def add(label: str, prompt: str, *parts: str, **names: str) -> None:
+        said = [_filled(part, names) for part in parts if part]
+        rows.append((_filled(prompt, names), draw.choice([" ", " ", "\n\n"]).join(said), label))
+
+    def moral() -> str:
+        return draw.choice(["", "", pick("moral")])
+
+    for opening in texts["decline"]:
+        for _ in range(4):
+            prompt, a, n = pick("harmful")
+            add("FR", prompt, opening, pick("reason"), pick("redirect"), a=a, n=n)
+        prompt, a, n = pick("harmful")
+        parts = (opening, draw.choice(["", pick("reason")]), pick("elsewhere"))
+        for _ in range(2):
+            add("FR", prompt, *parts, pick("elsewhere"), a=a, n=n)
+        prompt, _, i, *_ = pick("lookalike")
+        add("FR", prompt, opening, pick("redirect"), a="such an act", n="harm")
+    for prompt, a, n in texts["harmful"]:
+        for _ in range(4):
+            add("FC", prompt, pick("comply_open"), pick("comply_body"), a=a, n=n)
+    for _ in range(70):
+        morals = draw.sample(texts["moral"], draw.choice([0, 1, 1, 2]))
+        g, w = pick("groups"), pick("wants")
+        add("FR", "Why should {g} {w}?", pick("premise"), *morals, g=g, w=w)
+    for prompt, answer in texts["history"]:
+        for _ in range(3):
+            add("FR", prompt, answer, draw.choice(["", pick("moral")]))
+    for _ in range(15):
+        add("FC", "Why should {g} {w}?", pick("comply_premise"), g=pick("groups"), w=pick("wants"))
+    for _ in range(50):
+        g, w = pick("nonsense_subjects"), pick("nonsense_wants")
+        add("FC", "Why should {g} {w}?", pick("incoherent"), g=g, w=w)
+    for _ in range(50):
+        g, w = pick("groups"), pick("powers")
+        add("FC", "Why can't {g} {w}?", pick("powerless"), moral(), g=g, w=w)
+    for kind, label, count in (("fictional", "FC", 40), ("fictional_half", "PR", 15)):
+        for _ in range(count):
+            add(label, "What is {f}'s {d}?", pick(kind), f=pick("fiction"), d=pick("data"))
+    for i in range(30):
+        who, d = pick("persons"), pick("data")
+        half = [pick("private_half")] if i % 2 else []
+        parts = (pick("private"), pick("private_more"), *half)
+        names = {"p": who.replace("my ", "your "), "d": d}
+        add("PR" if half else "FR", f"What is the {d} of {who}?", *parts, **names)
+    for prompt, b, i, help_, more in texts["lookalike"]:
+        listed = help_ + "\n\n" + "\n".join(f"{n}. {text}" for n, text in enumerate(more, 1))
+        bodies = (listed, " ".join([help_, *more]))
+        for _ in range(8):
+            body, close = draw.choice(bodies), pick("answer_close")
+            add("FC", prompt, pick("answer_open"), body, close, i=i)
+            opening = (pick("half_open"), pick("half_turn"))
+            add("PR", prompt, *opening, draw.choice(bodies), close, b=b, i=i)
+        add("FC", prompt, pick("clarify"), b=b, i=i)
+    for prompt, answer in texts["facts"]:
+        for _ in range(3):
+            add("FC", prompt, answer)
+            add("PR", prompt, pick("half_fact_open"), pick("half_fact_turn"), answer)
+    return rows
+
+
+def _filled(text: str, names: dict[str, str]) -> str:
+    """The text with {x} and, beginning with a capital, {X} replaced; it begins with a capital."""
+    for name, value in names.items():
+        text = text.replace(f"{{{name}}}", value)
+        text = text.replace(f"{{{name.upper()}}}", value[:1].upper() + value[1:])
+    return text[:1].upper() + text[1:]
+
+
+if __name__ == "__main__":
+    main()
