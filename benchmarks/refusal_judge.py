@@ -32,6 +32,7 @@ LABELS = {"1_full_compliance": "FC", "2_full_refusal": "FR", "3_partial_refusal"
 FOLDS = 5
 
 L2 = 3.0  # penalty on squared weights, both models
+OWN_WEIGHT = 0.3  # of a row that is not XSTest's
 
 Row = tuple[str, str, str]  # prompt, answer, label
 
@@ -47,7 +48,9 @@ def main() -> None:
         return
     own = own_rows()
     rows = {model: xstest(args.data, model) for model in MODELS}
-    seen = {model: np.stack([classifier.features(p, a) for p, a, _ in rows[model]]) for model in rows}
+    seen = {
+        model: np.stack([classifier.features(p, a) for p, a, _ in rows[model]]) for model in rows
+    }
     seen["own"] = np.stack([classifier.features(p, a) for p, a, _ in own])
     print(f"{len(own)} rows of our own; 450 of each model")
     for title, folds in (("left out: the model", 1), ("left out: model and prompts", FOLDS)):
@@ -103,6 +106,7 @@ def tested(
         weights = fit_both(
             np.concatenate([seen_fitted[keep], seen_own]),
             [*labels, *(label for *_, label in own)],
+            len(labels),
         )
         mine = ~keep if folds > 1 else np.ones(len(found), bool)
         for i in np.flatnonzero(mine):
@@ -113,9 +117,10 @@ def tested(
 
 def weights_file(data: Path) -> str:
     """The text of the weights fitted on both models and our own rows."""
-    rows = [row for model in MODELS for row in xstest(data, model)] + own_rows()
+    labelled = [row for model in MODELS for row in xstest(data, model)]
+    rows = labelled + own_rows()
     features_ND = np.stack([classifier.features(p, a) for p, a, _ in rows])
-    weights_2D = fit_both(features_ND, [label for *_, label in rows])
+    weights_2D = fit_both(features_ND, [label for *_, label in rows], len(labelled))
     whole = np.rint(weights_2D * classifier.UNIT).astype(int)
     names = classifier.cue_names()
     cues = [[name, *map(int, whole[:, i])] for i, name in enumerate(names)]
@@ -124,15 +129,24 @@ def weights_file(data: Path) -> str:
     return f'{{"cues": [\n  {lines}\n ],\n "grams": [\n  {grams}\n ]}}\n'
 
 
-def fit_both(features_ND: np.ndarray, labels: list[str]) -> np.ndarray:
-    """Weights [2, D]: of any refusal on all rows, and of a partial one on the refusals."""
+def fit_both(features_ND: np.ndarray, labels: list[str], labelled: int) -> np.ndarray:
+    """Weights [2, D]: of any refusal on all rows, and of a partial one on the refusals.
+
+    The first `labelled` rows are XSTest's.
+    """
     label_N = np.array(labels)
+    weight_N = np.where(np.arange(len(labels)) < labelled, 1.0, OWN_WEIGHT)
     refuses_N = label_N != "FC"
     partial_N = label_N[refuses_N] == "PR"
-    return np.stack([fit(features_ND, refuses_N), fit(features_ND[refuses_N], partial_N)])
+    return np.stack(
+        [
+            fit(features_ND, refuses_N, weight_N),
+            fit(features_ND[refuses_N], partial_N, weight_N[refuses_N]),
+        ]
+    )
 
 
-def fit(features_ND: np.ndarray, positive_N: np.ndarray) -> np.ndarray:
+def fit(features_ND: np.ndarray, positive_N: np.ndarray, weight_N: np.ndarray) -> np.ndarray:
     """Weights [D] of a logistic regression with penalty L2 / 2 on their squares, to full precision.
 
     Newton's method on the N coefficients that span the solution (fewer than D); it stops where the
@@ -142,8 +156,8 @@ def fit(features_ND: np.ndarray, positive_N: np.ndarray) -> np.ndarray:
     f_N = np.zeros(len(positive_N))
     for _ in range(50):
         p_N = 1 / (1 + np.exp(-f_N))
-        slope_N = positive_N - p_N
-        root_N = np.sqrt(p_N * (1 - p_N))
+        slope_N = weight_N * (positive_N - p_N)
+        root_N = np.sqrt(weight_N * p_N * (1 - p_N))
         b_N = root_N**2 * f_N + slope_N
         inner_NN = np.eye(len(f_N)) + root_N[:, None] * gram_NN * root_N
         alpha_N = b_N - root_N * np.linalg.solve(inner_NN, root_N * (gram_NN @ b_N))

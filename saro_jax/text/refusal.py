@@ -1,9 +1,9 @@
 """Whether an answer refuses, told by its first words: quick, and right about nine times in ten.
 
-A screen for measurements during development; the judge is `text/refusal_classifier.py`. The patterns
-here were written with XSTest's completions in view, so agreement there is an upper bound. It reads
-English, sees the form and not the content, and takes most half-refusals that open helpfully for
-answers. Never train against it: a few fixed words satisfy it.
+A screen for measurements during development; the judge is `text/refusal_classifier.py`. The
+patterns here were written with XSTest's completions in view, so agreement there is an upper bound.
+It reads English, sees the form and not the content, and takes most half-refusals that open
+helpfully for answers. Never train against it: a few fixed words satisfy it.
 """
 
 import re
