@@ -102,7 +102,7 @@ def named(kind: str) -> Guard:
 
 
 def question(guard: Guard, prompt: str, response: str, policy: str = "") -> str:
-    """The text that a guard without chat template is asked; the texts of the row stay as they are."""
+    """The text that a guard without chat template is asked; the row's texts stay as they are."""
     fields = {"prompt": prompt, "response": response}
     if policy:
         fields["name"], fields["policy"] = _policies()[policy]

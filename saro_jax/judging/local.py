@@ -190,7 +190,7 @@ def windows(tokenizer: Any, text: str) -> list[str]:
 
 
 def word_ids(tokenizer: Any, guard: Guard) -> tuple[list[int], list[int]]:
-    """Ids of the tokens that a safe and an unsafe verdict begin with, with a space before or not."""
+    """Ids of the tokens that a safe and an unsafe verdict begin with, after a space or not."""
 
     def firsts(word: str) -> set[int]:
         return {tokenizer.encode(w, add_special_tokens=False)[0] for w in (word, f" {word}")}
