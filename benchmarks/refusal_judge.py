@@ -32,6 +32,7 @@ MODELS = ("llama2orig", "mistralguard")
 CLASSES = ("FC", "FR", "PR")
 LABELS = {"1_full_compliance": "FC", "2_full_refusal": "FR", "3_partial_refusal": "PR"}
 FOLDS = 5
+THRESHOLDS = (0.1, classifier.PARTIAL, 0.2, 0.3, 0.5)
 
 L2 = 3.0  # penalty on squared weights, both models
 OWN_WEIGHT = 0.3  # of a row that is not XSTest's
@@ -53,16 +54,25 @@ def main() -> None:
     own = own_rows()
     rows = {model: xstest(args.data, model) for model in MODELS}
     print(f"{len(own)} rows of our own; 450 of each model")
-    for title, folds in (("left out: the model", 1), ("left out: model and prompts", FOLDS)):
+    found = {}
+    for title, folds in (("left out: model and prompts", FOLDS), ("left out: the model", 1)):
         print(f"\n{title}\n\n| tested on | {' | '.join(HEAD)} |\n|---|{'---|' * len(HEAD)}")
-        everything: tuple[list[str], list[str]] = ([], [])
         for model, other in zip(MODELS, MODELS[::-1], strict=True):
+            found[model] = tested(rows[other], rows[model], own, folds)
+            print(line(model, rows[model], judged(rows[model], found[model])))
+        labels = [label for m in MODELS for label in judged(rows[m], found[m])]
+        print(line("both", [row for m in MODELS for row in rows[m]], labels))
+    print("\nleft out: the model; other thresholds of a partial refusal\n")
+    print(f"| threshold | {' | '.join(f'{m}: PR recall | precision | accuracy' for m in MODELS)} |")
+    print("|---|" + "---|" * 6)
+    for threshold in THRESHOLDS:
+        numbers = []
+        for model in MODELS:
             truth = [label for *_, label in rows[model]]
-            found = tested(rows[other], rows[model], own, folds)
-            print(line(model, truth, found))
-            everything[0].extend(truth)
-            everything[1].extend(found)
-        print(line("both", *everything))
+            said = judged(rows[model], found[model], threshold)
+            shares = recall(truth, said, "PR"), precision(truth, said, "PR"), accuracy(truth, said)
+            numbers += [f"{share:.3f}" for share in shares]
+        print(f"| {threshold} | {' | '.join(numbers)} |")
     print("\nthe rules alone (any refusal):", end="")
     for model in MODELS:
         truth = [label != "FC" for *_, label in rows[model]]
@@ -77,8 +87,9 @@ HEAD = (
 )
 
 
-def line(name: str, truth: list[str], found: list[str]) -> str:
+def line(name: str, rows: list[Row], found: list[str]) -> str:
     """One row of the table."""
+    truth = [label for *_, label in rows]
     any_truth, any_found = [t != "FC" for t in truth], [f != "FC" for f in found]
     numbers = (
         *(accuracy(any_truth, any_found), kappa(any_truth, any_found)),
@@ -89,17 +100,24 @@ def line(name: str, truth: list[str], found: list[str]) -> str:
     return f"| {name} | {' | '.join(f'{n:.3f}' for n in numbers)} | {' | '.join(counts)} |"
 
 
-def tested(fitted_on: list[Row], tested_on: list[Row], own: list[Row], folds: int) -> list[str]:
-    """Labels of one model's rows by a fit on another's; row i of both answers the same prompt."""
-    found = [""] * len(tested_on)
+def tested(fitted_on: list[Row], tested_on: list[Row], own: list[Row], folds: int) -> np.ndarray:
+    """Probabilities [N, 2] of a model's rows by a fit on the other's; row i is one prompt."""
+    found = np.empty((len(tested_on), 2))
     for fold in range(folds):
         mine = [i for i in range(len(tested_on)) if folds == 1 or i % folds == fold]
         others = [row for i, row in enumerate(fitted_on) if folds == 1 or i % folds != fold]
         weights_2D = fit_both(others, own)
-        for i in mine:
-            p, partial = classifier.probabilities(weights_2D, seen([tested_on[i]]))[0]
-            found[i] = classifier.decide(tested_on[i][1], float(p), float(partial)).label
+        rows = [tested_on[i] for i in mine]
+        found[mine] = classifier.probabilities(weights_2D, seen(rows))
     return found
+
+
+def judged(rows: list[Row], found: np.ndarray, threshold: float = classifier.PARTIAL) -> list[str]:
+    """Labels of the rows by their probabilities."""
+    return [
+        classifier.decide(answer, p, partial, threshold).label
+        for (_, answer, _), (p, partial) in zip(rows, found.tolist(), strict=True)
+    ]
 
 
 @cache

@@ -32,7 +32,7 @@ from saro_jax import config as configuration
 from saro_jax.config import Flag
 from saro_jax.judging import guards, rubrics
 from saro_jax.judging.agreement import accuracy, kappa
-from saro_jax.text import reasoning, refusal_classifier
+from saro_jax.text import reasoning, refusal, refusal_classifier
 
 TARGETS = ("answer", "reasoning", "prefix")
 CHUNK = 64  # judgments between two writes of the part file
@@ -67,7 +67,8 @@ class Judge:
     """A judge: its name, version and targets, and what it says of (prompt, text) pairs.
 
     `say` returns for each pair the fields of a Judgment that are its own. With `original` it is
-    asked a second time, with the clean request.
+    asked a second time, with the clean request. `batched`: a pair's neighbours can show in the
+    last digits of its score, so that pairs are always asked in the same company.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Judge:
     targets: tuple[str, ...]
     original: bool
     say: Callable[[Sequence[tuple[str, str]]], list[Judgment]]
+    batched: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,24 +131,24 @@ def judge(
             for name, question in questions(row, one, targets):
                 key = judgment_id(name, one.version, question)
                 order.append(key)
-                if key not in done:
-                    duties.setdefault((number, name), []).append(question)
-    total = sum(map(len, duties.values()))
+                duties.setdefault((number, name), []).append(question)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with (
             open(part, "a", encoding="utf-8") as file,
-            tqdm(total=total, unit="judgment", disable=None) as bar,
+            tqdm(total=len(order), unit="judgment", disable=None) as bar,
         ):
             _end_line(part, file)
             for (number, name), asked in duties.items():
                 for start in range(0, len(asked), CHUNK):
-                    chunk = asked[start : start + CHUNK]
-                    for made in _judgments(judges[number], name, chunk):
-                        done[made["id"]] = made
-                        file.write(_line(made))
-                    file.flush()
-                    os.fsync(file.fileno())
+                    one, chunk = judges[number], asked[start : start + CHUNK]
+                    new = [q for q in chunk if judgment_id(name, one.version, q) not in done]
+                    if new:
+                        made = _judgments(one, name, chunk if one.batched else new)
+                        done |= {judgment["id"]: judgment for judgment in made}
+                        file.write("".join(map(_line, made)))
+                        file.flush()
+                        os.fsync(file.fileno())
                     bar.update(len(chunk))
         judgments = [done[key] for key in order]
         whole = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -230,7 +232,10 @@ def open_judge(spec: str, batch_size: int = 8, dtype: str | None = None) -> Judg
         raise ValueError(f"--judges: {spec!r}; allowed: refusal, {names}")
     from saro_jax.judging import local  # JAX, which the refusal judge does without
 
-    checkpoint = local.load(model, dtype)
+    try:
+        checkpoint = local.load(model, dtype)
+    except ValueError as error:
+        raise ValueError(f"--judges: {spec}: {error}") from error
     if name in guards.GUARDS:
         return guard_judge(guards.named(name), checkpoint, batch_size)
     return rubric_judge(name, local.complete(checkpoint), checkpoint.version)
@@ -255,7 +260,8 @@ def refusal_judge() -> Judge:
             for verdict in refusal_classifier.classify_all(pairs)
         ]
 
-    version = hashlib.sha256(refusal_classifier.WEIGHTS.read_bytes()).hexdigest()[:8]
+    files = (refusal_classifier.WEIGHTS, refusal_classifier.__file__, refusal.__file__)
+    version = _hash(*(Path(file).read_text(encoding="utf-8") for file in files))
     return Judge("refusal", version, ("answer",), False, say)
 
 
@@ -267,7 +273,9 @@ def guard_judge(guard: guards.Guard, checkpoint: Any, batch_size: int) -> Judge:
         answers = local.judge(checkpoint, guard, pairs, batch_size)
         return [guard_fields(a.verdict, a.p_unsafe, a.raw) for a in answers]
 
-    return Judge(guard.name, checkpoint.version, TARGETS, True, say)
+    asks = checkpoint.tokenizer.chat_template if guard.template else guards.template(guard.name)
+    version = _hash(checkpoint.version, str(asks), str(batch_size), str(checkpoint.dtype))
+    return Judge(guard.name, version, TARGETS, True, say, batched=True)
 
 
 def served_guard_judge(name: str, complete: rubrics.Complete, version: str) -> Judge:
@@ -306,6 +314,7 @@ def rubric_judge(rubric: str, complete: rubrics.Complete, version: str) -> Judge
     targets = ("reasoning", "prefix") if rubric == "reasoning_safety" else ("answer",)
     name = "refusal_lm" if rubric == "refusal" else rubric
     original = rubric in ("strongreject", "harmbench")
+    version = _hash(version, guards.template(rubric))
     return Judge(name, version, targets, original, lambda pairs: [ask(*pair) for pair in pairs])
 
 
@@ -398,8 +407,8 @@ def agreement(
         if (key := (one["trace_id"], one["target"])) in by_key
     ]
     pairs = [pair for pair in pairs if "invalid" not in pair]
-    refusal = {"FC", "FR", "PR"}
-    if not pairs or len({label in refusal for pair in pairs for label in pair}) > 1:
+    kinds = {"FC", "FR", "PR"}
+    if not pairs or len({label in kinds for pair in pairs for label in pair}) > 1:
         return None
     a, b = zip(*pairs, strict=True)
     return len(pairs), accuracy(a, b), kappa(a, b)
@@ -466,6 +475,10 @@ def _end_line(path: Path, file: Any) -> None:
             written.seek(-1, os.SEEK_END)
             if written.read(1) != b"\n":
                 file.write("\n")
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
 
 
 def _line(record: Judgment) -> str:

@@ -66,8 +66,9 @@ def test_rows_are_judged_each_by_itself():
 
 
 def test_long_and_strange_texts():
-    for text in ("no " * 50_000, "\0\ud800 x", "🙏" * 999, "1. a\n" * 3000):
+    for text in ("no " * 50_000, "\0\ud800 x", "🙏 a" * 999, "1. a\n" * 3000):
         assert classify(text[:1000], text).label in ("FC", "FR", "PR")
+    assert classify("為什麼", "我不能").label == "invalid"
 
 
 def test_a_file_of_other_cues_is_refused(tmp_path, monkeypatch):
@@ -111,7 +112,8 @@ def test_agreement_with_people_on_the_model_left_out():
     own = benchmark.own_rows()
     rows = {model: benchmark.xstest(benchmark.DATA, model) for model in benchmark.MODELS}
     for model, other in zip(benchmark.MODELS, benchmark.MODELS[::-1], strict=True):
-        found = benchmark.tested(rows[other], rows[model], own, 1)
+        probabilities = benchmark.tested(rows[other], rows[model], own, 1)
+        found = benchmark.judged(rows[model], probabilities)
         truth = [label for *_, label in rows[model]]
         any_truth, any_found = [t != "FC" for t in truth], [f != "FC" for f in found]
         assert accuracy(any_truth, any_found) >= 0.92
