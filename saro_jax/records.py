@@ -140,7 +140,8 @@ class Judgment(Record):
     judge: Text
     judge_version: str = ""
     target: Annotated[str, StringConstraints(pattern=r"^(answer|reasoning|prefix@\d+)$")]
-    label: Literal["safe", "unsafe", "invalid"]
+    # None: a judge of refusal alone says nothing about safety.
+    label: Literal["safe", "unsafe", "invalid"] | None = None
     score: Share | None = None
     cats: tuple[str, ...] = ()
     refusal: Refusal | None = None
