@@ -338,6 +338,8 @@ def _with_model(config: Config, stage: str, out: Path) -> Config:
 
 def _claim(config: Config, stage: str, out: Path) -> bool:
     """Take `out` for this config; False where the run in it is complete already."""
+    # Not read here, so that a change of it does not make this another run.
+    config = config.model_copy(update={"synthesize": configuration.SynthesizeConfig()})
     text = f"# stage: {stage}\n{configuration.dump(config)}"
     file = out / "config.yaml"
     if file.exists():

@@ -505,6 +505,8 @@ def host(cloud: Cloud, tmp_path: Path):
     """`worker.sh` of a host without a TPU; `host(action, *words)` runs it."""
     cloud.program("sudo", "#!/bin/sh\nexit 0\n")  # it kills what holds the chips of this machine
     (tmp_path / "lock").touch()
+    # A checkout of its own: this one may have a .venv, whose python would come first.
+    worker = shutil.copytree(TPU, tmp_path / "checkout" / "tpu") / "worker.sh"
     env = cloud.environment(
         SARO_JOBS=str(tmp_path / "jobs"),
         SARO_LIBTPU_LOCK=str(tmp_path / "lock"),
@@ -513,7 +515,7 @@ def host(cloud: Cloud, tmp_path: Path):
     )
 
     def act(*words: str, **more: str) -> subprocess.CompletedProcess:
-        return run(TPU / "worker.sh", *words, env=env | more)
+        return run(worker, *words, env=env | more)
 
     yield act
     for job in (tmp_path / "jobs").glob("*/pid"):
