@@ -173,7 +173,8 @@ def test_a_checkpoint_of_four_continues_in_fewer(tmp_path, four, count, mesh):
     assert said[0] == said[1] and said[0]["data"]["iterator"]["next_index"] == step
     straight = tmp_path / "straight"
     assert codes(train("rw", straight, 1, steps=6)) == [0]
-    ended = train("rw", out, count, steps=6, name="rest")
+    given = [f"--mesh.{size.strip()}" for size in mesh.split(",")]
+    ended = train("rw", out, count, *given, steps=6, name="rest")
     assert codes(ended) == [0] * count, ended
     assert f"continuing from step {step} of 6" in ended[0].output
     equal(tiny.metrics(out), tiny.metrics(straight))
