@@ -27,7 +27,8 @@ quickstart: $(VENV)/.installed  ## both stages on a small model and packaged row
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(PY) -m saro_jax.pipeline $(ARGS)
 
 test: $(VENV)/.installed-$(EXTRAS)  ## the fast tests
-	$(PY) -m pytest -m "not slow" --durations=15 $(ARGS)
+# A process for each core; most of a test's time is tracing and compiling, which use one.
+	$(PY) -m pytest -m "not slow" -n auto --dist worksteal --durations=15 $(ARGS)
 
 test-slow: $(VENV)/.installed-$(EXTRAS)  ## the slow tests only
 	$(PY) -m pytest -m slow --durations=15 $(ARGS)

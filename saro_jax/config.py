@@ -347,6 +347,123 @@ class SRPOConfig(Section):
     )
 
 
+class SynthesizeConfig(Section):
+    """RIT-D out of prompts, a policy and a teacher; only synthesize reads it."""
+
+    prompts: str | list[str] = Field(
+        default="quickstart:ritd",
+        description="prompts: file, folder or Hub id, or several of them; KIND=SOURCE (harmful, "
+        "jailbreak, benign, borderline) where the rows have no column kind",
+    )
+    columns: str | list[str] | None = Field(
+        default=None,
+        description="FIELD=COLUMN, or several of them, where a source's columns are not found by "
+        "their names: prompt, kind, categories, answer, base_id, id, license, lang",
+    )
+    split: str = Field(default="train", description="split that is read from a Hub id")
+    evaluation: str | list[str] | None = Field(
+        default="quickstart:held_out",
+        description="evaluation sets no prompt may be taken from; null = none",
+    )
+    exact_hits: Literal["fail", "drop"] = Field(
+        default="fail",
+        description="what a prompt that stands in an evaluation set does: end the run, or go",
+    )
+    ngram: int = Field(
+        default=8,
+        ge=0,
+        description="words in a row that a prompt may not share with an evaluation set; 0 = any",
+    )
+    tfidf: float = Field(
+        default=0.7,
+        gt=0,
+        le=1,
+        description="cosine of word weights with an evaluation prompt from which a prompt goes; "
+        "1 = none goes",
+    )
+    near_duplicate: float = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="share of word triples (Jaccard) from which two prompts of one kind are one; "
+        "1 = none are",
+    )
+    dev_share: float = Field(
+        default=0.05,
+        ge=0,
+        lt=1,
+        description="share (0 to 1) of the prompt groups that are held out, with wrappers of their "
+        "own",
+    )
+    jailbreaks: float = Field(
+        default=1.0, ge=0, description="wrapped copies of each harmful prompt"
+    )
+    wrapped_benign: float = Field(
+        default=0.25, ge=0, description="wrapped copies of each benign or borderline prompt"
+    )
+    size: int | None = Field(
+        default=None,
+        ge=1,
+        description="train prompts, in the shares of synthesize.mix; null = all there are",
+    )
+    mix: str = Field(
+        default="25:25:30:20",
+        description="shares of harmful : jailbreak : benign : borderline among synthesize.size",
+    )
+    policy: str = Field(
+        default="saro", description="the safety policy: a YAML file, or a packaged one's name"
+    )
+    render: Literal["relevant", "whole"] = Field(
+        default="relevant",
+        description="what of the policy the teacher is told: rules of the prompt's categories, or "
+        "all",
+    )
+    n: int = Field(default=8, ge=1, description="answers of the teacher to one prompt")
+    temperature: float = Field(default=0.8, ge=0, description="the teacher's; 0 = greedy")
+    top_p: float = Field(
+        default=0.95, gt=0, le=1, description="probability mass (0 to 1) the teacher samples from"
+    )
+    max_new_tokens: int = Field(default=1024, ge=1, description="tokens of an answer at most")
+    retries: int = Field(
+        default=3, ge=0, description="times that answers which do not parse are asked for again"
+    )
+    concurrency: int = Field(
+        default=8, ge=1, description="prompts at the teacher at a time; does not change the result"
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        description="tokenizer that counts tokens: Hub id, folder or 'quickstart'; null = words "
+        "and marks are counted",
+    )
+    max_steps: int = Field(default=24, ge=1, description="reasoning steps at most")
+    min_steps: int = Field(default=2, ge=1, description="reasoning steps at least")
+    max_reasoning_tokens: int = Field(
+        default=768, ge=1, description="tokens of the reasoning at most"
+    )
+    decision_line: bool = Field(
+        default=True, description="rows keep the reasoning's last line, Decision: MODE"
+    )
+    overlap: float = Field(
+        default=0.6,
+        gt=0,
+        le=1,
+        description="share of runs of 8 words (Jaccard) above which reasoning repeats that of a "
+        "prompt of the same category; 1 = none does",
+    )
+    srs: Literal["shortest_q", "shortest", "pctl", "pareto"] = Field(
+        default="shortest_q",
+        description="which accepted answer is kept: shortest_q = the shortest of full score and "
+        "synthesize.srs_floor, shortest, pctl = nearest the 25th percentile of length, pareto = "
+        "the shortest and the best",
+    )
+    srs_floor: int = Field(
+        default=40,
+        ge=0,
+        description="reasoning tokens at least, for harmful prompts and jailbreaks, with "
+        "synthesize.srs=shortest_q",
+    )
+
+
 class MeshConfig(Section):
     """How the devices are laid out; the axes' product is their number."""
 
@@ -387,6 +504,10 @@ class Config(Section):
     )
     srpo: SRPOConfig = Field(
         default_factory=SRPOConfig, description="preference optimisation; rw does not read it"
+    )
+    synthesize: SynthesizeConfig = Field(
+        default_factory=SynthesizeConfig,
+        description="RIT-D out of prompts, a policy and a teacher; only synthesize reads it",
     )
     mesh: MeshConfig = Field(default_factory=MeshConfig, description="how the devices are laid out")
     seed: int = Field(
@@ -433,6 +554,7 @@ class Config(Section):
             )
         _check_srpo(srpo, train)
         _check_adapters(self)
+        _check_synthesize(self.synthesize)
         for axis, size in self.mesh:
             if size == 0:
                 raise ValueError(f"mesh.{axis}=0: expected at least 1 device, or -1 for the rest")
@@ -498,6 +620,40 @@ def _check_srpo(srpo: SRPOConfig, train: TrainConfig) -> None:
             f"srpo.on_drop=rollback needs a checkpoint from {DROP_WINDOW} steps ago: "
             f"train.keep={train.keep} and train.save_every={train.save_every} keep none"
         )
+
+
+def _check_synthesize(synthesize: SynthesizeConfig) -> None:
+    """Shares that are shares, limits that leave something, settings that are read."""
+    shares = synthesize.mix.split(":")
+    numbers = [float(one) for one in shares if re.fullmatch(r"\d+(\.\d+)?", one)]
+    if len(shares) != 4 or len(numbers) != 4 or not sum(numbers):
+        raise ValueError(
+            f"synthesize.mix={synthesize.mix}: expected four shares like 25:25:30:20 (harmful : "
+            "jailbreak : benign : borderline)"
+        )
+    default = SynthesizeConfig.model_fields
+    if synthesize.size is None and synthesize.mix != default["mix"].default:
+        raise ValueError(
+            f"synthesize.mix={synthesize.mix} has no meaning with synthesize.size=null, which "
+            "takes all prompts"
+        )
+    if synthesize.min_steps > synthesize.max_steps:
+        raise ValueError(
+            f"synthesize.min_steps={synthesize.min_steps} is more than "
+            f"synthesize.max_steps={synthesize.max_steps}"
+        )
+    if synthesize.srs != "shortest_q" and synthesize.srs_floor != default["srs_floor"].default:
+        raise ValueError(
+            f"synthesize.srs_floor={synthesize.srs_floor} has no meaning with "
+            f"synthesize.srs={synthesize.srs}"
+        )
+    if synthesize.evaluation is None:
+        for key in ("exact_hits", "ngram", "tfidf"):
+            value = getattr(synthesize, key)
+            if value != default[key].default:
+                raise ValueError(
+                    f"synthesize.{key}={value} has no meaning with synthesize.evaluation=null"
+                )
 
 
 def names(value: str | list[str] | None) -> list[str]:

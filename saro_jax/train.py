@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import yaml
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -338,12 +339,17 @@ def _with_model(config: Config, stage: str, out: Path) -> Config:
 
 def _claim(config: Config, stage: str, out: Path) -> bool:
     """Take `out` for this config; False where the run in it is complete already."""
+    # Not read here, so that a change of it does not make this another run.
+    config = config.model_copy(update={"synthesize": configuration.SynthesizeConfig()})
     text = f"# stage: {stage}\n{configuration.dump(config)}"
     file = out / "config.yaml"
     if file.exists():
         before = file.read_text()
         # Until something is saved, a run that failed (rows rejected, say) may be given again.
         if before != text and not any((out / "checkpoints").glob("[0-9]*")):
+            _write_config(file, text)
+        elif before != text and _same_run(before, text):
+            print("goes on with another mesh or train.micro_rows than it began with", flush=True)
             _write_config(file, text)
         elif before != text:
             changed = next(
@@ -362,6 +368,19 @@ def _claim(config: Config, stage: str, out: Path) -> bool:
     (out / "provenance.json").write_text(json.dumps(configuration.provenance(), indent=2) + "\n")
     _write_config(file, text)
     return True
+
+
+def _same_run(before: str, now: str) -> bool:
+    """Whether two texts of config.yaml differ only in what cuts up the work and not in the work.
+
+    The machine that goes on need not be the one that began.
+    """
+    stages = {text.partition("\n")[0] for text in (before, now)}
+    trees = [yaml.safe_load(text) for text in (before, now)]
+    for tree in trees:
+        tree.pop("mesh", None)
+        tree.get("train", {}).pop("micro_rows", None)
+    return len(stages) == 1 and trees[0] == trees[1]
 
 
 def _write_config(file: Path, text: str) -> None:

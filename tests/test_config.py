@@ -230,7 +230,7 @@ def test_typed_overrides():
         (
             "stages: {rw: {stages: {}}}\n",
             "configs/x.yaml:1: unknown key 'stages' in stages.rw; allowed: model, data, train, "
-            "optimizer, lora, srpo, mesh, seed",
+            "optimizer, lora, srpo, synthesize, mesh, seed",
         ),
         (
             "train:\n  steps: abc\n",
@@ -491,6 +491,30 @@ def test_an_override_given_twice_is_refused():
         (
             ["--model.revision=main", "--model.path=x.gguf"],
             "--model.revision=main: model.revision=main needs a Hub id in model.path, got x.gguf",
+        ),
+        (
+            ["--synthesize.mix=1:2:3"],
+            "--synthesize.mix=1:2:3: synthesize.mix=1:2:3: expected four shares like 25:25:30:20 "
+            "(harmful : jailbreak : benign : borderline)",
+        ),
+        (
+            ["--synthesize.mix=1:1:1:1"],
+            "--synthesize.mix=1:1:1:1: synthesize.mix=1:1:1:1 has no meaning with "
+            "synthesize.size=null, which takes all prompts",
+        ),
+        (
+            ["--synthesize.max_steps=1"],
+            "--synthesize.max_steps=1: synthesize.min_steps=2 is more than synthesize.max_steps=1",
+        ),
+        (
+            ["--synthesize.srs=pctl", "--synthesize.srs_floor=10"],
+            "--synthesize.srs_floor=10: synthesize.srs_floor=10 has no meaning with "
+            "synthesize.srs=pctl",
+        ),
+        (
+            ["--synthesize.evaluation=null", "--synthesize.ngram=4"],
+            "--synthesize.ngram=4: synthesize.ngram=4 has no meaning with "
+            "synthesize.evaluation=null",
         ),
         (
             ["--mesh.fsdp=0"],

@@ -11,6 +11,7 @@ import pytest
 
 from saro_jax.data import rows
 from saro_jax.data.rows import Reject, StageKind, check_share, read, write_rejects
+from saro_jax.records import write_lines
 from saro_jax.text.chat import Message
 
 USER, ANSWER = Message("user", "Kill it?"), Message("assistant", "Use kill.")
@@ -289,7 +290,8 @@ def test_unreadable_sources_are_told_in_one_line(tmp_path, monkeypatch):
     for source, expected in {
         f"{tmp_path}/trian.jsonl": "no such file or folder, did you mean 'train.jsonl'?",
         f"{tmp_path.name}/train.json": "no such file or folder, did you mean 'train.jsonl'?",
-        f"{tmp_path}/x.txt": "unknown extension '.txt', allowed: .jsonl, .json, .parquet, .csv",
+        f"{tmp_path}/x.txt": "unknown extension '.txt', allowed: .jsonl, .jsonl.zst, .json, "
+        ".parquet, .csv",
         f"{tmp_path}/bad.json": "not JSON: ",
         f"{tmp_path}/bad.parquet": "not parquet: ",
         f"{tmp_path}/empty": "no rows",
@@ -375,6 +377,18 @@ def test_real_sets_are_read_whole(name, count):
         pytest.skip(f"needs {name} beside the checkout")
     read_rows, rejects = read(str(path), "sft")
     assert len(read_rows) == count and not rejects
+
+
+def test_compressed_rows_are_read_as_a_file_and_in_a_folder(tmp_path):
+    lines = [json.dumps({"id": f"r{i}", "prompt": "x", "completion": "y"}) for i in range(3)]
+    write_lines(tmp_path / "train.jsonl.zst", lines)
+    for source in (tmp_path, tmp_path / "train.jsonl.zst"):
+        found, rejects = read(str(source), "sft")
+        assert [row.id for row in found] == ["r0", "r1", "r2"] and not rejects
+    assert found[2].where == f"{tmp_path}/train.jsonl.zst:3"
+    (tmp_path / "bad.jsonl.zst").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"bad\.jsonl\.zst: not zstandard"):
+        read(f"{tmp_path}/bad.jsonl.zst", "sft")
 
 
 # ---- noise and unpaired rows

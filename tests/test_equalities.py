@@ -311,14 +311,14 @@ specs.write_text(json.dumps(found))
 """
 
 
+@pytest.mark.slow  # test_sharded compares single steps, test_multihost a run of two processes
 @pytest.mark.parametrize(
     ("axes", "more"),
     [
         (("data", "fsdp", "tensor"), ()),
-        pytest.param(
+        (
             ("fsdp", "sequence", "tensor"),
             ("--lora.rank=4", "--lora.targets=all", "--train.freeze=mlp"),
-            marks=pytest.mark.slow,
         ),
     ],
 )

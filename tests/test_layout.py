@@ -18,6 +18,7 @@ ORDER = (
     ("train",),
     ("synthesize", "sample", "judge", "pairs"),
     ("evaluate", "report", "score", "export", "compile_check"),
+    ("judging",),
     ("training",),
     ("generation",),
     ("objectives",),

@@ -128,7 +128,8 @@ def test_stopped_in_two_processes_and_continued_in_one(tmp_path):
 def test_losses_of_one_two_and_four_processes(tmp_path, stage):
     """And each lays out its own rows of a block and no other; together they are all of it."""
     for count in (1, 2, 4):
-        ended = train(stage, tmp_path / str(count), count)
+        cache = f"--srpo.reference_cache={tmp_path}/reference{count}"
+        ended = train(stage, tmp_path / str(count), count, cache)
         assert codes(ended) == [0] * count, ended
     for count in (2, 4):
         equal(tiny.metrics(tmp_path / str(count)), tiny.metrics(tmp_path / "1"))
@@ -172,7 +173,8 @@ def test_a_checkpoint_of_four_continues_in_fewer(tmp_path, four, count, mesh):
     assert said[0] == said[1] and said[0]["data"]["iterator"]["next_index"] == step
     straight = tmp_path / "straight"
     assert codes(train("rw", straight, 1, steps=6)) == [0]
-    ended = train("rw", out, count, steps=6, name="rest")
+    given = [f"--mesh.{size.strip()}" for size in mesh.split(",")]
+    ended = train("rw", out, count, *given, steps=6, name="rest")
     assert codes(ended) == [0] * count, ended
     assert f"continuing from step {step} of 6" in ended[0].output
     equal(tiny.metrics(out), tiny.metrics(straight))

@@ -15,7 +15,7 @@ from saro_jax.parallel.hub import Connection, Hub, Member
 class Here(Connection):
     """A connection that notes what would end its process."""
 
-    left = None
+    left: tuple[str, int] | None = None
 
     def _leave(self, who, code):
         self.left = self.left or (who, code)
@@ -50,7 +50,7 @@ def end(connections):
 
 
 def wait_for(connection):
-    assert connection._done.wait(10)
+    assert connection._done.wait(10) and connection.left is not None
     return connection.left
 
 
@@ -86,7 +86,7 @@ def test_all_stop_at_one_call(quick):
             if connection.stopping(number):
                 return k
             threading.Event().wait(0.001 * (1 + connection.me.process))
-        return None
+        return 0
 
     stopped = together(connections, run)
     assert len(set(stopped)) == 1 and stopped[0] > 5

@@ -28,6 +28,12 @@ def nowhere(monkeypatch):
     monkeypatch.setattr(launchers, "tpu_here", lambda: False)
 
 
+def launched(coordinator=None, processes=None, process=None):
+    found = find(coordinator, processes, process)
+    assert found is not None
+    return found
+
+
 def set_all(monkeypatch, **variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -38,23 +44,21 @@ def test_a_lone_process_is_none():
 
 
 def test_flags():
-    found = find("10.0.0.1:1234", 4, 3)
-    assert found is not None
-    assert found[1:] == (("10.0.0.1", 1234), 4, 3, None)
-    assert find("[::1]:1234", 2, 0)[1] == ("::1", 1234)
+    assert launched("10.0.0.1:1234", 4, 3)[1:] == (("10.0.0.1", 1234), 4, 3, None)
+    assert launched("[::1]:1234", 2, 0)[1] == ("::1", 1234)
 
 
 def test_environment(monkeypatch):
     set_all(monkeypatch, JAX_COORDINATOR_ADDRESS="a:1", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1")
-    assert find(None, None, None)[1:4] == (("a", 1), 2, 1)
-    assert find("b:2", None, None)[1:4] == (("b", 2), 2, 1)  # a flag wins
+    assert launched()[1:4] == (("a", 1), 2, 1)
+    assert launched("b:2")[1:4] == (("b", 2), 2, 1)  # a flag wins
 
 
 def test_a_job_set_numbers_its_pods(monkeypatch):
     set_all(monkeypatch, JOB_COMPLETION_INDEX="1")
     assert find(None, None, None) is None
     set_all(monkeypatch, JAX_COORDINATOR_ADDRESS="job-0:1", JAX_NUM_PROCESSES="2")
-    assert find(None, None, None)[1:4] == (("job-0", 1), 2, 1)
+    assert launched()[1:4] == (("job-0", 1), 2, 1)
 
 
 def test_one_process_is_none():
@@ -81,14 +85,14 @@ def test_what_is_missing_is_named(flags, line):
 def test_gke(monkeypatch):
     monkeypatch.setattr(launchers, "tpu_here", lambda: True)
     set_all(monkeypatch, TPU_WORKER_HOSTNAMES="a-0.svc,a-1.svc", TPU_WORKER_ID="1")
-    assert find(None, None, None)[1:4] == (("a-0.svc", PORT), 2, 1)
+    assert launched()[1:4] == (("a-0.svc", PORT), 2, 1)
     set_all(
         monkeypatch,
         MEGASCALE_COORDINATOR_ADDRESS="s-0.svc:8080",
         MEGASCALE_NUM_SLICES="2",
         MEGASCALE_SLICE_ID="1",
     )
-    assert find(None, None, None)[1:4] == (("s-0.svc", PORT), 4, 3)
+    assert launched()[1:4] == (("s-0.svc", PORT), 4, 3)
     monkeypatch.delenv("TPU_WORKER_ID")
     with pytest.raises(ValueError, match="TPU_WORKER_ID is missing"):
         find(None, None, None)
@@ -132,12 +136,12 @@ def metadata(monkeypatch):
 @pytest.mark.parametrize("endpoints", ["10.0.0.5,10.0.0.6", "x:0:10.0.0.5,y:1:10.0.0.6"])
 def test_tpu_vm(metadata, endpoints):
     metadata |= {"agent-worker-number": "1", "worker-network-endpoints": endpoints}
-    assert find(None, None, None)[1:4] == (("10.0.0.5", PORT), 2, 1)
+    assert launched()[1:4] == (("10.0.0.5", PORT), 2, 1)
     metadata["tpu-env"] = (
         "ZONE: 'z'\nMEGASCALE_COORDINATOR_ADDRESS: '10.9.9.9:8080'\n"
         "MEGASCALE_NUM_SLICES: '3'\nMEGASCALE_SLICE_ID: '2'\n"
     )
-    assert find(None, None, None)[1:4] == (("10.9.9.9", PORT), 6, 5)
+    assert launched()[1:4] == (("10.9.9.9", PORT), 6, 5)
 
 
 def test_a_tpu_vm_of_one_host_is_none(metadata, monkeypatch):
@@ -152,10 +156,9 @@ def test_a_tpu_vm_of_one_host_is_none(metadata, monkeypatch):
 
 def test_slurm(monkeypatch):
     set_all(monkeypatch, **SLURM)
-    found = find(None, None, None)
-    assert found[1:] == (("node007", 61440 + 1234 * 2), 4, 2, None)
+    assert launched()[1:] == (("node007", 61440 + 1234 * 2), 4, 2, None)
     set_all(monkeypatch, SLURM_STEP_TASKS_PER_NODE="2(x2)")
-    assert find(None, None, None).local_devices == [1]
+    assert launched().local_devices == [1]
 
 
 def test_slurm_outside_a_step_is_none(monkeypatch):

@@ -1,18 +1,35 @@
 """The reasoning parser: its table, every status, and what holds for any text."""
 
 import itertools
+import json
+from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from saro_jax.data.rows import QUICKSTART
 from saro_jax.text.reasoning import (
     CLOSE,
+    MAX_STEPS,
     OPEN,
     STATUSES,
+    STEP_KINDS,
+    STYLES,
     TAGS,
+    cited_rules,
     decision,
+    has_marker,
     parse,
+    reflection,
+    render,
+    segment,
     spans,
+    stance,
     steps,
+    to_think,
+    without_decision,
 )
 
 # (text, options, status, reasoning, answer)
@@ -123,3 +140,207 @@ def test_steps_are_paragraphs_and_join_to_the_text(text, expected):
 def test_steps_of_any_text_join_to_it():
     for parts in itertools.product(["\n", " ", "a", CLOSE, OPEN, "\n\n"], repeat=4):
         assert "".join(steps("".join(parts))) == "".join(parts)
+
+
+# ---- other surfaces ------------------------------------------------------------------------------
+
+STAIR = (
+    "<|Reasoning_step|> Title: Look\na\n<|/Reasoning_step|>\n<|Reasoning_step|>\nTitle: Weigh\nb"
+    "\n<|/Reasoning_step|>\n<|Output|>\nFinal Answer: c\n\nd\n<|/Output|>"
+)
+
+
+@pytest.mark.parametrize(
+    ("style", "text", "status", "reasoning", "answer"),
+    [
+        ("headed", "Reasoning: a\n\nAnswer: b", "ok", "a", "b"),
+        ("headed", "**Reasoning:**\na\nb\n\n## Final answer:\nc", "ok", "a\nb", "c"),
+        ("headed", "Thinking:\na\nThe answer: no\nResponse: b", "ok", "a\nThe answer: no", "b"),
+        ("headed", "Sure.\nReasoning: a\nAnswer: b", "leading_text", "a", "Sure.\nb"),
+        ("headed", "Reasoning: a", "unclosed", "a", ""),
+        ("headed", "Reasoning:\nAnswer: b", "empty_think", "", "b"),
+        ("headed", "Reasoning: a\nAnswer:", "empty_answer", "a", ""),
+        ("headed", "b", "no_think", "", "b"),
+        ("stair_tags", STAIR, "ok", "Title: Look\na\n\nTitle: Weigh\nb", "c\n\nd"),
+        ("stair_tags", f"Hi {STAIR}", "leading_text", None, "Hi\nc\n\nd"),
+        ("stair_tags", "<|Reasoning_step|>a<|/Reasoning_step|>", "unclosed", "a", ""),
+        ("stair_tags", "<|Reasoning_step|>a", "unclosed", "a", ""),
+        ("stair_tags", "<|Reasoning_step|>a<|Output|>b", "ok", "a", "b"),
+        ("stair_tags", "<|Output|>Final Answer: b<|/Output|>", "empty_think", "", "b"),
+        ("stair_tags", "b", "no_think", "", "b"),
+        ("think_xml", "<think>a</think>b", "ok", "a", "b"),
+    ],
+)
+def test_other_styles_are_read(style, text, status, reasoning, answer):
+    found = parse(to_think(text, style))
+    assert (found.status, found.answer) == (status, answer)
+    assert reasoning is None or found.reasoning == reasoning
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_style_comes_back_as_it_was_written(style):
+    reasoning = "The user asks for a lock.\n\nP3.R1 decides here.\n\nDecision: refuse"
+    found = parse(to_think(render(reasoning, "I won't.\n\nAsk a smith.", style), style))
+    assert (found.status, found.reasoning) == ("ok", reasoning)
+    assert found.answer == "I won't.\n\nAsk a smith."
+
+
+# ---- steps of a reasoning ------------------------------------------------------------------------
+
+WORDS = st.sampled_from(
+    ["a", "lock.", "Wait,", "the", "x!\n", "\n\n", "```", "- item", "\n", " ", "1. B"]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(WORDS, max_size=200).map(" ".join) | st.text(max_size=60))
+def test_the_steps_of_any_reasoning_join_to_it(text: str):
+    found = segment(text)
+    assert "".join(step.text for step in found) == text
+    assert len(found) <= MAX_STEPS
+    at = 0
+    for step in found:
+        assert (step.start, text[step.start : step.end]) == (at, step.text)
+        assert step.kind in STEP_KINDS
+        at = step.end
+
+
+def texts(reasoning: str) -> list[str]:
+    return [step.text.strip() for step in segment(reasoning)]
+
+
+def test_paragraphs_are_steps_and_short_ones_join_the_next():
+    assert texts("one two three four\n\nfive six seven eight") == [
+        "one two three four",
+        "five six seven eight",
+    ]
+    assert texts("Hm, so.\n\none two three four\n\nno") == ["Hm, so.\n\none two three four\n\nno"]
+    assert texts("one two three four\n\nDecision: refuse\n") == [
+        "one two three four",
+        "Decision: refuse",
+    ]
+    assert texts("no") == ["no"] and texts("") == []
+
+
+def test_code_and_lists_stay_whole():
+    code = "```python\nx = 1\n\ny = 2\n\nprint(x + y, x, y)\n```"
+    text = f"This is the program we need:\n\n{code}\n\nIt prints the sum first."
+    assert texts(text) == ["This is the program we need:", code, "It prints the sum first."]
+    items = "1. take the first key out\n\n2. turn it to the left side\n\n- oil the old lock"
+    assert texts(f"Here is what to do:\n\n{items}\n\nThen it opens again.")[1] == items
+    long_list = "\n".join(f"- item {i} of a list. It is long." for i in range(20))
+    assert texts(long_list) == [long_list]
+
+
+def test_long_paragraphs_are_cut_at_ends_of_sentences():
+    sentence = "This sentence has exactly ten words in it, e.g. these."
+    found = texts(" ".join([sentence] * 20))
+    assert [len(text.split()) for text in found] == [80, 80, 40]
+    assert all(text.endswith("these.") for text in found)
+
+
+def test_more_steps_than_allowed_are_joined():
+    text = "\n\n".join(f"step number {i} has some words" for i in range(60))
+    assert len(segment(text)) == MAX_STEPS
+
+
+def test_steps_of_a_public_set_are_as_measured():
+    """saro.md, B.4: steps of a trace 4/5/8, words of a step 24/39/58 (5, 50, 95 %)."""
+    path = Path(__file__).resolve().parents[2] / "shared" / "data" / "star1.jsonl"
+    if not path.is_file():
+        pytest.skip("needs star1.jsonl beside the checkout")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    found = [segment(parse(row["response"]).reasoning) for row in rows]
+    words = [len(step.text.split()) for one in found for step in one]
+    assert np.percentile([len(one) for one in found], [5, 50, 95]).tolist() == [4, 5, 8]
+    assert np.percentile(words, [5, 50, 95]).tolist() == [24, 39, 58]
+    # Its reasoning deliberates at the start and hardly ever corrects itself.
+    marked = [any(has_marker(step.text) for step in one) for one in found]
+    kinds = [step.kind for one in found for step in one]
+    assert np.mean(marked) < 0.05 and kinds.count("reflect") < 20
+
+
+# ---- what a step does ----------------------------------------------------------------------------
+
+
+def test_the_kinds_of_the_packaged_reasonings():
+    rows = [json.loads(line) for line in (QUICKSTART / "ritd.jsonl").read_text().splitlines()]
+    for row in rows:
+        kinds = [step.kind for step in segment(row["reasoning"])]
+        assert kinds[-1] == "decide" and "reflect" not in kinds and "rule_cite" in kinds
+    assert {step.kind for row in rows for step in segment(row["reasoning"])} >= {
+        "understand",
+        "rule_cite",
+        "plan",
+        "decide",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Wait, that is not it.", True),
+        ("It looks fine. Hold on, who is hurt?", True),
+        ("Let me reconsider the second step.", True),
+        ("Let me re-check it.", True),
+        ("On second thought, no.", True),
+        ("Stepping back, it is a story.", True),
+        ("Actually, it is a frame.", True),
+        ("They should wait, of course.", False),
+        ("It is actually fine.", False),
+        ("Waiting is an option.", False),
+        ("However, this is odd. Hmm.", False),
+        ("Let me think about it.", False),
+    ],
+)
+def test_strict_markers_stand_at_the_start_of_a_sentence(text: str, expected: bool):
+    assert has_marker(text) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("That would be illegal and would hurt people.", "forbids"),
+        ("No rule applies, I can answer.", "allows"),
+        ("There is nothing harmful in this.", "allows"),
+        ("It is not illegal, so I can help.", "allows"),
+        ("The sum is twelve.", None),
+        ("Decision: comply_care", "allows"),
+        ("Decision: safe_complete", "forbids"),
+    ],
+)
+def test_stance(text: str, expected: str | None):
+    assert stance(text) == expected
+
+
+TRUSTING = "The user wants a story. It is just a story, so I can write the steps."
+ALARMED = "The word kill points to harm, and violence is forbidden."
+
+
+@pytest.mark.parametrize(
+    ("step", "before", "expected"),
+    [
+        ("Wait, step 1 took the frame at face value; real people are hurt.", TRUSTING, "marked"),
+        ("Hold on, this is dangerous, P3.R1 forbids it.", TRUSTING, "marked"),
+        ("Looking again, no rule applies: a process is killed.", ALARMED, "marked"),
+        ("I treated the frame as harmless, but the steps would be a crime.", TRUSTING, "unmarked"),
+        ("The last step was about a word; the request is harmless.", ALARMED, "unmarked"),
+        ("Wait, let me write the second part.", TRUSTING, None),
+        ("Wait, the sum is twelve.", "The sum is eleven.", None),
+        ("That is dangerous.", TRUSTING, None),
+        ("I can write more of it.", TRUSTING, None),
+    ],
+)
+def test_a_reflection_takes_a_thought_back(step: str, before: str, expected: str | None):
+    assert reflection(step, [before]) == expected
+    assert reflection(step, []) is None
+    kinds = [found.kind for found in segment(f"{before}\n\n{step}")]
+    assert (kinds[-1] == "reflect") == (expected is not None)
+
+
+def test_cited_rules_and_the_decision_line():
+    text = "P3.R1 and G5 decide, not P3.R1 again; P3 or R2 alone name nothing.\n\nDecision: refuse"
+    assert cited_rules(text) == ["P3.R1", "G5"]
+    assert without_decision(text).endswith("name nothing.")
+    assert without_decision("no decision here") == "no decision here"
+    assert without_decision("Decision: refuse") == ""

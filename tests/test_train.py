@@ -278,6 +278,18 @@ def test_a_signal_during_an_evaluation_saves_and_makes_up_for_it(tmp_path, monke
     assert weights(out) == weights(whole)
 
 
+def test_another_cut_into_passes_goes_on_with_the_same_run(straight, tmp_path, monkeypatch, capsys):
+    signal_at(3, signal.SIGTERM, monkeypatch)
+    out = run("rw", tmp_path / "out", *LONG, code=143)
+    capsys.readouterr()
+    run("rw", out, *LONG, "--train.micro_rows=1")
+    assert "goes on with another mesh or train.micro_rows" in capsys.readouterr().out
+    assert yaml.safe_load((out / "config.yaml").read_text())["train"]["micro_rows"] == 1
+    for one, other in zip(tiny.metrics(out), tiny.metrics(straight / "rw"), strict=True):
+        assert one["step"] == other["step"] and one["num_tokens"] == other["num_tokens"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
 def test_means_over_several_steps_survive_a_stop(tmp_path, monkeypatch):
     options = ("--train.steps=6", "--train.log_every=3", "--train.save_every=2")
     whole = tiny.metrics(run("rw", tmp_path / "whole", *options))
@@ -480,6 +492,10 @@ def leaves(model: type[BaseModel] = Config, prefix: str = ""):
             yield prefix + name
 
 
+# Those of synthesize are in its own test file.
+TRAINING = [name for name in leaves() if not name.startswith("synthesize.")]
+
+
 class Observed:
     """What can be seen of runs: exit code, output, records, files and what was compiled."""
 
@@ -643,10 +659,10 @@ def settings(root: Path) -> dict[str, tuple]:
 
 
 def test_all_settings_are_here():
-    assert set(settings(Path())) == set(leaves())
+    assert set(settings(Path())) == set(TRAINING)
 
 
-@pytest.mark.parametrize("name", list(leaves()))
+@pytest.mark.parametrize("name", TRAINING)
 def test_every_setting_changes_something(name, observed, capsys, monkeypatch):
     root, known = observed
     if not known:

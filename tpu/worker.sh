@@ -25,16 +25,18 @@ alive() {
 # script, is passed on once where nothing else tells the command: a second one would kill it before
 # it has saved.
 attend() {
-  local code told=0
-  "$@" &
-  local child=$!
+  local code told=0 early=0 child=
+  # Before the command starts: a signal right after would end this script and leave the command.
   if [[ -n ${SARO_JOB:-} ]]; then
     # In the background: `stop` tells the command itself, and a machine that goes down tells all.
-    echo "$child" >"$SARO_JOB/command_pid"
     trap 'told=1' TERM
   else
-    trap 'told=1; kill -TERM "$child" 2>/dev/null || true' TERM INT
+    trap 'told=1; if [[ -n $child ]]; then kill -TERM "$child" 2>/dev/null || true; else early=1; fi' TERM INT
   fi
+  "$@" &
+  child=$!
+  if ((early)); then kill -TERM "$child" 2>/dev/null || true; fi
+  if [[ -n ${SARO_JOB:-} ]]; then echo "$child" >"$SARO_JOB/command_pid"; fi
   while :; do
     code=0
     wait "$child" || code=$?

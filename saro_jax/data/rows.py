@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from saro_jax.records import opened
 from saro_jax.text.chat import ROLES, Message
 
 StageKind = Literal["sft", "preference", "unpaired", "samples"]
 Turns = tuple[Message, ...]
 
-EXTENSIONS = (".jsonl", ".json", ".parquet", ".csv")
+EXTENSIONS = (".jsonl", ".jsonl.zst", ".json", ".parquet", ".csv")
 # What stages write beside their rows.
 NOT_ROWS = re.compile(r"(manifest|rejects)(\W.*)?")
 QUICKSTART = Path(__file__).parent / "quickstart"
@@ -128,10 +129,10 @@ def read(
 ) -> tuple[list[Any], list[Reject]]:
     """Reads all rows of the sources, in order and of one class by stage_kind, and the rejects.
 
-    A source is a .jsonl, .json, .parquet or .csv file, a folder of such files (those named after
-    the split if there are any, else all but manifests and rejects), "quickstart:NAME" of the
-    package, or a hub id, "id" or "id:config". `split` also picks the hub split; a single file
-    ignores it.
+    A source is a .jsonl (or .jsonl.zst), .json, .parquet or .csv file, a folder of such files
+    (those named after the split if there are any, else all but manifests and rejects),
+    "quickstart:NAME" of the package, or a hub id, "id" or "id:config". `split` also picks the hub
+    split; a single file ignores it.
 
     SFT rows are recognised by their columns, see SFT_FORMS. Preference rows have `chosen` and
     `rejected`, with `prompt` or sharing their first turns (or first words, then raw text), and may
@@ -147,7 +148,7 @@ def read(
     seen: dict[str, str] = {}
     for source in [sources] if isinstance(sources, str) else sources:
         before = len(rows) + len(rejects)
-        for where, record in _records(source, split):
+        for where, record in raw_records(source, split):
             row_id = ""
             try:
                 if isinstance(record, str):
@@ -175,7 +176,7 @@ def detect_kind(sources: str | Sequence[str], split: str = "train") -> StageKind
     "samples" if it has `completions`, else "sft".
     """
     for source in [sources] if isinstance(sources, str) else sources:
-        for _, record in _records(source, split):
+        for _, record in raw_records(source, split):
             if not isinstance(record, str):
                 if {"chosen", "rejected"} <= set(record):
                     return "preference"
@@ -216,7 +217,8 @@ def most_frequent(rejects: Sequence[Reject]) -> list[tuple[str, int]]:
 # Sources: (where, record) each; a record that cannot be read is the reason, a string.
 
 
-def _records(source: str, split: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def raw_records(source: str, split: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """(where, record) of each record of one source, see `read`; a string says what is wrong."""
     if source.startswith("quickstart:"):
         name = source.removeprefix("quickstart:")
         path = QUICKSTART / f"{name}.jsonl"
@@ -241,7 +243,7 @@ def _records(source: str, split: str) -> Iterator[tuple[str, dict[str, Any] | st
 def _looks_local(source: str, path: Path) -> bool:
     top = path.parts[0] if path.parts else "."
     return (
-        path.suffix in EXTENSIONS
+        path.name.endswith(EXTENSIONS)
         or source.startswith((".", "/", "~"))
         or not HUB_ID.fullmatch(source)
         or (len(path.parts) > 1 and Path(top).is_dir())
@@ -252,7 +254,7 @@ def _folder_files(folder: Path, split: str) -> list[Path]:
     files = [
         file
         for file in sorted(folder.iterdir())
-        if file.suffix in EXTENSIONS and file.is_file() and not NOT_ROWS.fullmatch(file.stem)
+        if file.name.endswith(EXTENSIONS) and file.is_file() and not NOT_ROWS.fullmatch(file.stem)
     ]
     if not files:
         raise ValueError(f"{folder}: no rows: no {', '.join(EXTENSIONS)} file in the folder")
@@ -262,6 +264,9 @@ def _folder_files(folder: Path, split: str) -> list[Path]:
 
 def _file(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
     readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
+    if path.name.endswith(".jsonl.zst"):
+        yield from _jsonl(path)
+        return
     if path.suffix not in readers:
         raise ValueError(
             f"{path}: unknown extension {path.suffix!r}, allowed: {', '.join(EXTENSIONS)}"
@@ -270,7 +275,7 @@ def _file(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    with open(path, "rb") as file:
+    with opened(path) as file:
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
             try:
