@@ -154,6 +154,51 @@ def test_a_tpu_program_in_text():
     assert hlo.hbm_bytes(module, "body", fusion) == 2 * array + 4
 
 
+NESTED = """HloModule jit_cache
+
+%cut (p.0: f32[64,8,128], p.1: s32[]) -> f32[8,128] {
+  %p.0 = f32[64,8,128]{2,1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %d = f32[1,8,128]{2,1,0} dynamic-slice(%p.0, %p.1, %z, %z), dynamic_slice_sizes={1,8,128}
+  ROOT %b = f32[8,128]{1,0} bitcast(%d)
+}
+
+%outer (q.0: f32[8,8], q.1: f32[64,8,128], q.2: s32[]) -> f32[8,128] {
+  %q.0 = f32[8,8]{1,0} parameter(0)
+  %q.1 = f32[64,8,128]{2,1,0} parameter(1)
+  %q.2 = s32[] parameter(2)
+  %part = f32[8,128]{1,0} fusion(%q.1, %q.2), kind=kLoop, calls=%cut
+  ROOT %dot = f32[8,128]{1,0} dot(%q.0, %part), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%put (c: f32[512,128], at: s32[4,1], new: f32[4,128]) -> f32[512,128] {
+  %c = f32[512,128]{1,0} parameter(0)
+  %at = s32[4,1]{1,0} parameter(1)
+  %new = f32[4,128]{1,0} parameter(2)
+  ROOT %s = f32[512,128]{1,0} scatter(%c, %at, %new), to_apply=%cut
+}
+
+ENTRY %main (q: f32[8,8], w: f32[64,8,128], i: s32[], c: f32[512,128], at: s32[4,1]) -> f32[8,128] {
+  %q = f32[8,8]{1,0} parameter(0)
+  %w = f32[64,8,128]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %c = f32[512,128]{1,0} parameter(3)
+  %at = s32[4,1]{1,0} parameter(4)
+  %new = f32[4,128]{1,0} constant({...})
+  %f = f32[8,128]{1,0} fusion(%q, %w, %i), kind=kOutput, calls=%outer
+  ROOT %g = f32[512,128]{1,0} fusion(%c, %at, %new), kind=kLoop, calls=%put
+}
+"""
+
+
+def test_a_layer_cut_from_the_stack_and_a_cache_written_in_place_count_by_the_part():
+    module = hlo.parse(NESTED)
+    main = module.computations["main"]
+    assert hlo.hbm_bytes(module, "main", main["f"]) == 4 * (8 * 8 + 2 * 8 * 128 + 1)
+    assert hlo.hbm_bytes(module, "main", main["g"]) == 4 * (4 + 3 * 4 * 128)
+
+
 def test_groups():
     def groups(attributes: str, size: int = 1 << 30):
         one = hlo.Instruction("x", "f32[]", "all-reduce", (), "", attributes, False)

@@ -429,50 +429,67 @@ def hbm_bytes(module: Module, at: str, one: Instruction) -> float:
         return 2.0 * of(one.operands[1])
     if one.opcode == "scatter":
         return 3.0 * of(one.operands[-1])
-    if one.opcode != "fusion":
-        return float(_shape_bytes(one) + sum(map(of, one.operands)))
-    called = one.computation("calls")
+    called = one.computation("calls") if one.opcode == "fusion" else None
     if called is None:
         return float(_shape_bytes(one) + sum(map(of, one.operands)))
-    inside = module.computations[called]
-    users: dict[str, list[Instruction]] = {}
-    for user in inside.values():
-        for name in user.operands:
-            users.setdefault(name, []).append(user)
     total = 0.0
-
-    def read(name: str, limit: float) -> float:
-        parts = 0.0
-        for user in users.get(name, []):
-            if user.opcode in ("bitcast", "copy", "reshape") and user.operands[0] == name:
-                parts += read(user.name, limit)
-            elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
-                parts += sum(array.bytes for array in user.arrays)
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-                continue  # in place
-            else:
-                return limit
-        return min(parts, limit)
-
-    for parameter in inside.values():
-        if parameter.opcode == "parameter":
-            number = int(parameter.literal)
-            if number < len(one.operands) and (size := of(one.operands[number])):
-                total += read(parameter.name, size)
-
-    def written(name: str) -> float:
-        value = inside[name]
-        if value.opcode in ("bitcast", "copy", "reshape"):
-            return written(value.operands[0])
-        if value.opcode == "dynamic-update-slice":
-            return float(sum(array.bytes for array in inside[value.operands[1]].arrays))
-        return float("inf")
-
+    for number, name in enumerate(one.operands):
+        if size := of(name):
+            total += _read(module, called, number, size)
     root = module.root(called)
     results = root.operands if root.opcode == "tuple" else (root.name,)
     for array, name in zip(one.arrays, results, strict=False):
-        total += min(array.hbm_bytes, written(name))
+        total += min(array.hbm_bytes, _written(module, called, name))
     return total
+
+
+_VIEWS = ("bitcast", "copy", "reshape", "transpose")
+
+
+def _read(module: Module, at: str, number: int, size: float) -> float:
+    """Bytes that a fusion reads of its parameter of `size` bytes."""
+    inside = module.computations[at]
+    users: dict[str, list[Instruction]] = {}
+    for user in inside.values():
+        for name in set(user.operands):
+            users.setdefault(name, []).append(user)
+
+    def of(name: str) -> float:
+        parts = 0.0
+        for user in users.get(name, []):
+            first = user.operands[0] == name
+            if user.opcode in _VIEWS:
+                parts += of(user.name)
+            elif user.opcode in ("dynamic-slice", "slice", "gather") and first:
+                parts += sum(array.bytes for array in user.arrays)
+            elif user.opcode in ("dynamic-update-slice", "scatter") and first:
+                continue  # in place
+            elif user.opcode == "fusion" and (called := user.computation("calls")):
+                for n, operand in enumerate(user.operands):
+                    parts += _read(module, called, n, size) if operand == name else 0.0
+            else:
+                return size
+        return min(parts, size)
+
+    parameters = (x.name for x in inside.values() if x.opcode == "parameter")
+    name = next((n for n in parameters if inside[n].literal == str(number)), None)
+    return size if name is None else of(name)
+
+
+def _written(module: Module, at: str, name: str) -> float:
+    """Bytes that a fusion writes of a result: all (infinite) or what it updates in place."""
+    inside = module.computations[at]
+    value = inside[name]
+    if value.opcode in _VIEWS:
+        return _written(module, at, value.operands[0])
+    if value.opcode == "dynamic-update-slice":
+        return float(sum(array.bytes for array in inside[value.operands[1]].arrays))
+    if value.opcode == "scatter":  # reads what it adds to
+        return 2.0 * sum(array.bytes for array in inside[value.operands[-1]].arrays)
+    if value.opcode == "fusion" and (called := value.computation("calls")):
+        root = module.root(called)
+        return float("inf") if root.opcode == "tuple" else _written(module, called, root.name)
+    return float("inf")
 
 
 def group_of(one: Instruction, slice_devices: int) -> tuple[int, bool]:
