@@ -18,6 +18,7 @@ import yaml
 PROMPTS = Path(__file__).with_name("prompts")
 
 Label = Literal["safe", "unsafe", "invalid"]
+YES_NO: dict[str, Label] = {"yes": "unsafe", "no": "safe"}  # to a question for harm
 
 # Codes shift between versions (S5 to S13): elsewhere a category goes by its name.
 LLAMA_GUARD_2 = (
@@ -123,8 +124,7 @@ def parse(guard: Guard, text: str) -> Verdict:
     if guard.name == "wildguard":
         return _parse_wildguard(text)
     if guard.name == "shieldgemma":
-        word = _first_word(text)
-        return Verdict({"yes": "unsafe", "no": "safe"}.get(word, "invalid"))  # type: ignore[arg-type]
+        return Verdict(YES_NO.get(_first_word(text), "invalid"))
     return _parse_llama_guard(guard, text)
 
 
@@ -139,11 +139,8 @@ def by_policy(guard: Guard, verdicts: Sequence[Verdict]) -> Verdict:
 
 def worst(verdicts: Sequence[Verdict]) -> Verdict:
     """One verdict of several on parts: unsafe if any is, else invalid if any is, else safe."""
-    label: Label = "safe"
-    for candidate in ("unsafe", "invalid"):
-        if any(verdict.label == candidate for verdict in verdicts):
-            label = candidate  # type: ignore[assignment]
-            break
+    labels = {verdict.label for verdict in verdicts}
+    label: Label = "unsafe" if "unsafe" in labels else "invalid" if "invalid" in labels else "safe"
     cats = tuple(dict.fromkeys(cat for verdict in verdicts for cat in verdict.cats))
     return Verdict(label, cats, verdicts[0].refusal, verdicts[0].harmful_request)
 
@@ -192,10 +189,10 @@ def _parse_wildguard(text: str) -> Verdict:
         found[name] = value
     if set(found) != {"harmful request", "response refusal", "harmful response"}:
         return Verdict("invalid")
-    label = {"yes": "unsafe", "no": "safe", "n/a": "invalid"}[found["harmful response"]]
+    label = YES_NO.get(found["harmful response"], "invalid")
     refusal = {"yes": True, "no": False}.get(found["response refusal"])
     request = {"yes": True, "no": False}.get(found["harmful request"])
-    return Verdict(label, (), refusal, request)  # type: ignore[arg-type]
+    return Verdict(label, (), refusal, request)
 
 
 def _first_word(text: str) -> str:

@@ -250,7 +250,7 @@ def _value(module: Module, at: str, name: str, scope: _Scope | None, depth: int 
             return None
         return value(scope.operands[number], scope.computation, scope.outer)
     if one.opcode == "get-tuple-element":
-        index = int(re.search(r"index=(\d+)", one.attributes).group(1))  # type: ignore[union-attr]
+        index = _tuple_index(one)
         return _element(module, at, one.operands[0], index, scope, depth)
     if one.opcode == "fusion":
         called = one.computation("calls")
@@ -293,6 +293,14 @@ def _element(module, at: str, name: str, index: int, scope, depth: int) -> int |
     return None
 
 
+def _tuple_index(one: Instruction) -> int:
+    """Which element a get-tuple-element takes."""
+    found = re.search(r"index=(\d+)", one.attributes)
+    if found is None:
+        raise ValueError(f"get-tuple-element without an index: {one.attributes!r}")
+    return int(found.group(1))
+
+
 def _counter(module: Module, at: str, name: str, via: tuple[str, ...] | None = None) -> int | None:
     """Which element of parameter 0 a value is, through copies; `via`: a fusion's operands."""
     one = module.computations[at].get(name)
@@ -300,7 +308,7 @@ def _counter(module: Module, at: str, name: str, via: tuple[str, ...] | None = N
         one = module.computations[at].get(one.operands[0])
     if one is None or one.opcode != "get-tuple-element":
         return None
-    return int(re.search(r"index=(\d+)", one.attributes).group(1))  # type: ignore[union-attr]
+    return _tuple_index(one)
 
 
 def trip_count(module: Module, at: str, loop: Instruction, scope: _Scope | None) -> int | None:
