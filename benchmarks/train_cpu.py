@@ -23,7 +23,8 @@ peak RSS  the most memory the process ever held, from the kernel (`wait4`)
 
 --tune tries the settings of SETTINGS one after another, then the memory allocators with the best of
 them, and keeps the fastest of each contestant in tuned.json, which later runs in the same --out
-read; what was not tuned runs with the first of each list. Every finished process is kept under
+read; what was tuned in one dtype alone runs with that in both, what was not tuned with the first of
+each list. Every finished process is kept under
 results/: the same command continues where it was stopped.
 """
 
@@ -70,6 +71,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "TRL": {
         "whole batch": {},
+        "whole batch, no checkpointing": {"gradient_checkpointing": False},
         "1 row a pass": {"micro": 1},
         "1 row a pass, no checkpointing": {"micro": 1, "gradient_checkpointing": False},
         "padding_free": {"padding_free": True},
@@ -145,7 +147,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-length", type=int, default=512, help="tokens of one sequence")
     default = ROOT / "runs" / "benchmarks" / "train_cpu"
     add("--out", type=lambda text: Path(text).absolute(), default=default)
-    add("--tune", action="store_true", help="find the best settings of each; then stop")
+    add(
+        "--tune",
+        nargs="*",
+        choices=SETTINGS,
+        metavar="TRAINER",
+        help="find the best settings of these trainers, all by default, under --allocator where it "
+        "is given; then stop",
+    )
     add("--allocator", choices=ALLOCATORS, help="this one for all, whatever tuned.json has")
     add("--default-malloc", action="store_true", help="each also with the default allocator")
     add("--no-ceilings", action="store_true", help="leave out copies, products and decoding")
@@ -175,7 +184,7 @@ def compare(args: argparse.Namespace) -> None:
     )
     print(f"{harness.cpu()}; {prepared}", flush=True)
     jobs = Jobs(args, contestants, files, model)
-    if args.tune:
+    if args.tune is not None:
         tune(args, jobs)
         return
     chosen = {dtype: choices(args, contestants, dtype) for dtype in args.dtypes}
@@ -378,7 +387,7 @@ def tune(args: argparse.Namespace, jobs: Jobs) -> None:
     steps = max(TUNE_STEPS, args.warmup + 2)
     for dtype in args.dtypes:
         for stage, kind in stages.items():
-            for name in jobs.contestants:
+            for name in args.tune or jobs.contestants:
                 best: tuple[float, Choice] | None = None
 
                 def attempt(choice, best=None, kind=kind, dtype=dtype):
@@ -390,7 +399,7 @@ def tune(args: argparse.Namespace, jobs: Jobs) -> None:
                     found = done.tokens_per_second, choice
                     return max(filter(None, (best, found)), key=lambda pair: pair[0])
 
-                first, *others = ALLOCATORS
+                first, *others = [args.allocator] if args.allocator else ALLOCATORS
                 for setting in SETTINGS[name]:
                     best = attempt(Choice(name, setting, first), best)
                 if best is None:
@@ -405,7 +414,10 @@ def tune(args: argparse.Namespace, jobs: Jobs) -> None:
 def choices(
     args: argparse.Namespace, contestants: dict[str, str], dtype: str
 ) -> dict[str, list[Choice]]:
-    """How the contestants run, by stage: as tuned.json has it, else the first of each list."""
+    """How the contestants run, by stage: as tuned.json has it, else the first of each list.
+
+    What was tuned in one dtype alone runs with that in the other.
+    """
     file = args.out / "tuned.json"
     tuned = json.loads(file.read_text()) if file.exists() else {}
     found: dict[str, list[Choice]] = {}
@@ -413,7 +425,8 @@ def choices(
         found[stage] = []
         for name in contestants:
             plain = [name, next(iter(SETTINGS[name])), next(iter(ALLOCATORS))]
-            choice = Choice(*tuned.get(f"{name} {stage} {dtype}", plain))
+            keys = [f"{name} {stage} {one}" for one in (dtype, "bfloat16", "float32")]
+            choice = Choice(*next((tuned[key] for key in keys if key in tuned), plain))
             if args.allocator:
                 choice = choice._replace(allocator=args.allocator)
             found[stage].append(choice)
