@@ -1,16 +1,16 @@
-"""Tests saro_jax/config.py: recipes, overrides, one-line errors with their place, help."""
+"""Tests saro_jax/config/: recipes, overrides, one-line errors with their place, help."""
 
 import json
 import shutil
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
 import saro_jax
-from saro_jax import config as config_module
 from saro_jax.config import (
     Config,
     DataConfig,
@@ -21,7 +21,9 @@ from saro_jax.config import (
     load,
     parse_command_line,
     provenance,
+    recipe,
     recipe_path,
+    versions,
 )
 
 RECIPES = (
@@ -587,9 +589,10 @@ def test_provenance_is_plain_data_with_versions_and_commit():
     assert {"git_commit", "git_dirty"} <= set(found)
 
 
-def copy_of_the_module(root: Path) -> Path:
-    (root / "saro_jax").mkdir(parents=True)
-    return Path(shutil.copy(config_module.__file__, root / "saro_jax" / "config.py"))
+def copy_of(module: ModuleType, root: Path) -> Path:
+    folder = root / "saro_jax" / "config"
+    folder.mkdir(parents=True)
+    return Path(shutil.copy(str(module.__file__), folder))
 
 
 def test_the_commit_is_that_of_the_checkout_and_of_nothing_else(
@@ -598,7 +601,7 @@ def test_the_commit_is_that_of_the_checkout_and_of_nothing_else(
     if shutil.which("git") is None:
         pytest.skip("git is not installed")
     root = in_a_folder / "checkout"
-    monkeypatch.setattr(config_module, "__file__", str(copy_of_the_module(root)))
+    monkeypatch.setattr(versions, "__file__", str(copy_of(versions, root)))
     assert provenance()["git_commit"] is None
     git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b.c"]
     subprocess.run([*git, "init", "-q"], check=True)
@@ -608,17 +611,17 @@ def test_the_commit_is_that_of_the_checkout_and_of_nothing_else(
     (root / "pyproject.toml").touch()
     found = provenance()
     assert len(str(found["git_commit"])) == 40 and found["git_dirty"] is False
-    (root / "saro_jax" / "config.py").write_text("changed")
+    (root / "saro_jax" / "config" / "versions.py").write_text("changed")
     assert provenance()["git_dirty"] is True
 
 
 def test_a_wheels_recipes_lie_in_the_package(in_a_folder: Path, monkeypatch: pytest.MonkeyPatch):
-    module = copy_of_the_module(in_a_folder / "site")
-    inside = module.parent / "configs"
+    module = copy_of(recipe, in_a_folder / "site")
+    inside = module.parents[1] / "configs"
     for folder in (inside, inside.parent.parent / "configs"):
         folder.mkdir()
         (folder / "quickstart.yaml").write_text("data: {train: x}\n")
-    monkeypatch.setattr(config_module, "__file__", str(module))
+    monkeypatch.setattr(recipe, "__file__", str(module))
     assert recipe_path("quickstart") == inside / "quickstart.yaml"
 
 

@@ -1,0 +1,44 @@
+"""Owns the typed configuration; what the other rooms use of it is named here."""
+
+from saro_jax.config.combinations import DROP_WINDOW, LAYER_PROJECTIONS, PROJECTIONS
+from saro_jax.config.command_line import Flag, help_text, parse_command_line
+from saro_jax.config.recipe import digest, dump, load, recipe_path
+from saro_jax.config.tree import (
+    STAGES,
+    Config,
+    DataConfig,
+    LoRAConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SRPOConfig,
+    SynthesizeConfig,
+    TrainConfig,
+)
+from saro_jax.config.values import names
+from saro_jax.config.versions import provenance
+
+__all__ = [
+    "DROP_WINDOW",
+    "LAYER_PROJECTIONS",
+    "PROJECTIONS",
+    "STAGES",
+    "Config",
+    "DataConfig",
+    "Flag",
+    "LoRAConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "SRPOConfig",
+    "SynthesizeConfig",
+    "TrainConfig",
+    "digest",
+    "dump",
+    "help_text",
+    "load",
+    "names",
+    "parse_command_line",
+    "provenance",
+    "recipe_path",
+]

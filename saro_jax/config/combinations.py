@@ -1,0 +1,184 @@
+"""Owns what settings of the tree exclude or need each other."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from saro_jax.config.values import as_typed, names, nearest
+
+if TYPE_CHECKING:
+    from saro_jax.config.tree import Config, SRPOConfig, SynthesizeConfig, TrainConfig
+
+# Steps over which the fall of the chosen log-probs is averaged (srpo.max_chosen_drop).
+DROP_WINDOW = 5
+# The matrices of a decoder that adapters can join, those of every layer first.
+LAYER_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROJECTIONS = (*LAYER_PROJECTIONS, "lm_head")
+
+
+def check(config: Config) -> None:
+    """Refuse settings that exclude each other, or that nothing would read, in one line."""
+    # The first key named is the one whose file:line or flag `load` puts before the message.
+    model, data, train = config.model, config.data, config.train
+    optimizer, srpo = config.optimizer, config.srpo
+    if model.revision is not None and (
+        model.path in (None, "quickstart") or str(model.path).endswith(".gguf")
+    ):
+        raise ValueError(
+            f"model.revision={model.revision} needs a Hub id in model.path, got "
+            f"{model.path or 'null'}"
+        )
+    if data.row_length is not None and data.row_length < data.max_length:
+        raise ValueError(
+            f"data.row_length={data.row_length} cannot hold a sequence of "
+            f"data.max_length={data.max_length} tokens"
+        )
+    if train.eval_every and data.eval is None:
+        raise ValueError(f"train.eval_every={train.eval_every} needs rows in data.eval")
+    if optimizer.min_lr_ratio and optimizer.schedule == "constant":
+        raise ValueError(
+            f"optimizer.min_lr_ratio={optimizer.min_lr_ratio} has no meaning with "
+            "optimizer.schedule=constant; set it to 0"
+        )
+    for key in ("b1", "b2", "eps"):
+        value, default = getattr(optimizer, key), type(optimizer).model_fields[key].default
+        if optimizer.name == "sgd" and value != default:
+            raise ValueError(
+                f"optimizer.{key}={value} has no meaning with optimizer.name=sgd; leave it at "
+                f"{default}"
+            )
+    if optimizer.offload and optimizer.name == "sgd":
+        raise ValueError(
+            "optimizer.offload=true has no meaning with optimizer.name=sgd: it has no moments"
+        )
+    _check_srpo(srpo, train)
+    _check_adapters(config)
+    _check_synthesize(config.synthesize)
+    for axis, size in config.mesh:
+        if size == 0:
+            raise ValueError(f"mesh.{axis}=0: expected at least 1 device, or -1 for the rest")
+    rest = [axis for axis, size in config.mesh if size == -1]
+    if len(rest) > 1:
+        raise ValueError(
+            f"mesh.{rest[0]}=-1 and mesh.{rest[1]}=-1: only one axis can take the rest"
+        )
+
+
+def _check_srpo(srpo: SRPOConfig, train: TrainConfig) -> None:
+    """Refuse, in one line, settings that the loss does not read or that exclude each other."""
+    loss, default = srpo.loss, type(srpo).model_fields
+
+    def refuse(why: str, *keys: str) -> None:
+        for key in keys:
+            value, usual = getattr(srpo, key), default[key].default
+            if value != usual:
+                text = "null" if value is None else value
+                raise ValueError(
+                    f"srpo.{key}={text} has no meaning with {why}; leave it at {usual}"
+                )
+
+    if loss not in ("sigmoid", "robust"):
+        refuse(f"srpo.loss={loss}", "label_smoothing")
+    if loss in ("orpo", "kto"):  # orpo has that term already
+        refuse(f"srpo.loss={loss}", "nll_weight")
+    if loss != "simpo":
+        refuse(f"srpo.loss={loss}", "target_margin")
+    if loss in ("identity_po", "simpo", "orpo"):
+        refuse(f"srpo.loss={loss}, which always takes means", "length")
+    if srpo.length != "desensitised":
+        refuse(f"srpo.length={srpo.length}", "length_alpha")
+    if loss in ("simpo", "orpo"):
+        refuse(
+            f"srpo.loss={loss}, which has no reference",
+            *("reasoning_weight", "answer_weight", "reference", "max_chosen_drop", "on_drop"),
+        )
+    if loss == "kto":
+        pairwise = ("length", "reasoning_weight", "answer_weight", "scope", "layout")
+        refuse("srpo.loss=kto, which has no pairs", *pairwise)
+        if train.batch_rows < 2:
+            raise ValueError(
+                "train.batch_rows=1: srpo.loss=kto needs at least 2 rows in a step for its baseline"
+            )
+    else:
+        refuse(f"srpo.loss={loss}", "desirable_weight", "undesirable_weight")
+    for one, other in (
+        ("reasoning_weight", "answer_weight"),
+        ("desirable_weight", "undesirable_weight"),
+    ):
+        if getattr(srpo, one) == getattr(srpo, other) == 0:
+            raise ValueError(f"srpo.{one}=0 and srpo.{other}=0: nothing is left of the loss")
+    if srpo.reference != "resident":
+        refuse(f"srpo.reference={srpo.reference}", "sync_every")
+    if not srpo.sync_every:
+        refuse("srpo.sync_every=0", "sync_mix")
+    if srpo.max_chosen_drop is None:
+        refuse("srpo.max_chosen_drop=null", "on_drop")
+    if srpo.on_drop == "rollback" and (train.keep - 1) * train.save_every < DROP_WINDOW:
+        raise ValueError(
+            f"srpo.on_drop=rollback needs a checkpoint from {DROP_WINDOW} steps ago: "
+            f"train.keep={train.keep} and train.save_every={train.save_every} keep none"
+        )
+
+
+def _check_synthesize(synthesize: SynthesizeConfig) -> None:
+    """Shares that are shares, limits that leave something, settings that are read."""
+    shares = synthesize.mix.split(":")
+    numbers = [float(one) for one in shares if re.fullmatch(r"\d+(\.\d+)?", one)]
+    if len(shares) != 4 or len(numbers) != 4 or not sum(numbers):
+        raise ValueError(
+            f"synthesize.mix={synthesize.mix}: expected four shares like 25:25:30:20 (harmful : "
+            "jailbreak : benign : borderline)"
+        )
+    default = type(synthesize).model_fields
+    if synthesize.size is None and synthesize.mix != default["mix"].default:
+        raise ValueError(
+            f"synthesize.mix={synthesize.mix} has no meaning with synthesize.size=null, which "
+            "takes all prompts"
+        )
+    if synthesize.min_steps > synthesize.max_steps:
+        raise ValueError(
+            f"synthesize.min_steps={synthesize.min_steps} is more than "
+            f"synthesize.max_steps={synthesize.max_steps}"
+        )
+    if synthesize.srs != "shortest_q" and synthesize.srs_floor != default["srs_floor"].default:
+        raise ValueError(
+            f"synthesize.srs_floor={synthesize.srs_floor} has no meaning with "
+            f"synthesize.srs={synthesize.srs}"
+        )
+    if synthesize.evaluation is None:
+        for key in ("exact_hits", "ngram", "tfidf"):
+            value = getattr(synthesize, key)
+            if value != default[key].default:
+                raise ValueError(
+                    f"synthesize.{key}={value} has no meaning with synthesize.evaluation=null"
+                )
+
+
+def _check_adapters(config: Config) -> None:
+    """Combinations of adapters and of what is frozen."""
+    lora, freeze = config.lora, names(config.train.freeze)
+    for key, value in lora:
+        if key != "rank" and not lora.rank and value != type(lora).model_fields[key].default:
+            raise ValueError(f"lora.{key}={as_typed(value)} has no meaning with lora.rank=0")
+    for name in names(lora.targets):
+        if name not in PROJECTIONS and lora.targets != "all":
+            raise ValueError(f"lora.targets: unknown matrix {name!r}{nearest(name, PROJECTIONS)}")
+    if len(set(names(lora.targets))) < len(names(lora.targets)):
+        raise ValueError(
+            f"lora.targets: a matrix is given twice in {', '.join(lora.targets or ())}"
+        )
+    if "none" in freeze and len(freeze) > 1:
+        raise ValueError("train.freeze: none stands alone, got " + ", ".join(freeze))
+    for pattern in freeze:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"train.freeze: {pattern!r} is not a regular expression: {error}"
+            ) from None
+    if config.model.frozen_dtype and freeze in (["none"], []) and not (lora.rank and not freeze):
+        raise ValueError(
+            f"model.frozen_dtype={config.model.frozen_dtype} has no meaning where every weight "
+            "trains; set lora.rank or train.freeze"
+        )

@@ -1,0 +1,513 @@
+"""Owns the typed tree of settings: every section, field, bound and description."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
+
+from saro_jax.config import combinations
+from saro_jax.config.combinations import PROJECTIONS
+
+Stage = Literal["rw", "srpo"]
+PreferenceLoss = Literal[
+    "sigmoid",
+    "robust",
+    "hinge",
+    "identity_po",
+    "apo_zero",
+    "apo_down",
+    "simpo",
+    "orpo",
+    "kto",
+]
+STAGES: tuple[str, ...] = get_args(Stage)
+
+
+class Section(BaseModel):
+    """A frozen part of the tree that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The policy that is trained."""
+
+    path: str | None = Field(
+        default=None,
+        description="weights and tokenizer: Hub id, folder, .gguf file or 'quickstart'; null = "
+        "'quickstart' for rw; for srpo the export of the RW run beside the output folder "
+        "(OUT/../rw/model) if there is one, else 'quickstart'",
+    )
+    revision: str | None = Field(
+        default=None, description="branch, tag or commit of the Hub id; null = its main branch"
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16",
+        description="dtype of activations and matrix products; losses are always float32",
+    )
+    param_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="dtype of the master weights and optimizer moments"
+    )
+    frozen_dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None,
+        description="dtype of the weights that do not train (lora.rank, train.freeze), such as "
+        "bfloat16 under float32 adapters; null = model.param_dtype",
+    )
+    remat: Literal["none", "dots", "attention", "full"] = Field(
+        default="attention",
+        description="what the backward pass recomputes: none = nothing (most memory), dots = "
+        "all but matrix products, attention = all but attention's result, full = every layer from "
+        "its input (least memory)",
+    )
+    attention: Literal["auto", "xla", "flash"] = Field(
+        default="auto",
+        description="what computes attention: flash = fused kernels, for TPUs, xla = loops over "
+        "blocks, for any device, auto = flash on a TPU, else xla",
+    )
+    chat_template: str | None = Field(
+        default=None, description="Jinja file that replaces the tokenizer's chat template"
+    )
+
+
+class DataConfig(Section):
+    """The rows a stage trains on, and how they become arrays."""
+
+    train: str | list[str] = Field(
+        description="training rows: file, folder or Hub id, or several of them; "
+        "'quickstart:ritd' and 'quickstart:preferences' are packaged",
+    )
+    eval: str | None = Field(
+        default=None, description="held-out rows: file, folder or Hub id; null = no evaluation"
+    )
+    split: str = Field(default="train", description="split that is read from a Hub id")
+    max_length: int = Field(
+        default=1024, ge=2, description="tokens of one sequence, prompt and completion together"
+    )
+    too_long: Literal["truncate", "reject"] = Field(
+        default="truncate",
+        description="what happens to a row of more than data.max_length tokens",
+    )
+    row_length: int | None = Field(
+        default=None,
+        ge=2,
+        description="tokens of one packed row; null = 2 x data.max_length for rw, 4 x for srpo",
+    )
+    pack_window: int = Field(
+        default=8,
+        ge=1,
+        description="optimizer steps whose rows are packed together and then dealt out to them: "
+        "more fill rows better; has no effect without data.shuffle",
+    )
+    row_buckets: int = Field(
+        default=8,
+        ge=1,
+        description="lengths that rows come in, equal parts of row_length: more lengths, less "
+        "padding, more programs to compile; 1 = every row has row_length",
+    )
+    shuffle: bool = Field(
+        default=True, description="new order of the rows in every epoch, drawn from seed"
+    )
+    workers: int = Field(
+        default=0, ge=0, description="processes that prepare rows; 0 = the training process"
+    )
+    prefetch: int = Field(default=2, ge=0, description="batches prepared ahead of the step")
+    max_reject_share: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="largest rejected share of the rows (0 to 1) before the run is refused",
+    )
+
+
+class TrainConfig(Section):
+    """How long a stage trains, and what it writes on the way."""
+
+    steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="optimizer steps, in place of train.epochs; null = what train.epochs gives",
+    )
+    epochs: float = Field(
+        default=1.0, gt=0, description="passes over the training rows when train.steps is null"
+    )
+    batch_rows: int = Field(
+        default=16, ge=1, description="data rows (examples or pairs) of one optimizer step"
+    )
+    micro_rows: int = Field(
+        default=1, ge=1, description="packed rows of one forward and backward pass"
+    )
+    freeze: str | list[str] | None = Field(
+        default=None,
+        description="weights that do not train: regular expressions searched in parameter names "
+        "such as model/layers/mlp/up_proj/weight; none = all train; null = none without adapters, "
+        "the whole model with them",
+    )
+    save_every: int = Field(default=50, ge=1, description="optimizer steps between checkpoints")
+    keep: int = Field(default=2, ge=1, description="newest checkpoints that stay on disk")
+    log_every: int = Field(default=1, ge=1, description="optimizer steps between logged metrics")
+    eval_every: int = Field(
+        default=0,
+        ge=0,
+        description="optimizer steps between evaluations on data.eval; 0 = after the last only",
+    )
+    tensorboard: bool = Field(default=True, description="also write metrics for TensorBoard")
+    wandb: str | None = Field(
+        default=None, description="Weights & Biases project that gets the metrics; null = none"
+    )
+
+
+class OptimizerConfig(Section):
+    """The optimizer and its learning-rate schedule."""
+
+    name: Literal["adamw", "sgd"] = Field(
+        default="adamw", description="the update rule; sgd has no momentum and no b1, b2, eps"
+    )
+    learning_rate: float = Field(default=1e-5, gt=0, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="course of the learning rate after the warm-up"
+    )
+    warmup_ratio: float = Field(
+        default=0.05, ge=0, le=1, description="share of the steps (0 to 1) that warm up linearly"
+    )
+    min_lr_ratio: float = Field(
+        default=0.0, ge=0, le=1, description="last learning rate as a share (0 to 1) of the peak"
+    )
+    weight_decay: float = Field(
+        default=1e-4, ge=0, description="decoupled decay of matrices; never of norms and biases"
+    )
+    b1: float = Field(default=0.9, ge=0, lt=1, description="decay of the gradient's mean")
+    b2: float = Field(default=0.95, ge=0, lt=1, description="decay of the squared gradient's mean")
+    eps: float = Field(default=1e-8, gt=0, description="added to the update's denominator")
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, description="global L2 norm gradients are clipped to; 0 = no clipping"
+    )
+    offload: bool = Field(
+        default=False,
+        description="keep adamw's moments in the host's memory between updates (TPU, GPU)",
+    )
+
+
+class LoRAConfig(Section):
+    """Low-rank adapters beside the matrices of the model."""
+
+    rank: int = Field(default=0, ge=0, description="columns of A and rows of B; 0 = no adapters")
+    alpha: float = Field(
+        default=32.0, gt=0, description="the adapters' product is scaled by alpha / rank"
+    )
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share (0 to 1) of an adapter's inputs that training sets to zero",
+    )
+    targets: str | list[str] | None = Field(
+        default=None,
+        description="the matrices with an adapter, out of " + ", ".join(PROJECTIONS) + "; null = "
+        "all of the layers, all = those and lm_head",
+    )
+    rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) instead (rsLoRA)")
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="peak learning rate of the adapters, on optimizer's schedule; null = "
+        "optimizer.learning_rate",
+    )
+
+
+class SRPOConfig(Section):
+    """Preference optimisation; the rw stage does not read it."""
+
+    loss: PreferenceLoss = Field(
+        default="sigmoid",
+        description="sigmoid = DPO (conservative DPO with srpo.label_smoothing), robust = unbiased "
+        "under flipped labels, hinge = SLiC, identity_po = IPO, apo_zero and apo_down = anchored, "
+        "simpo and orpo = without a reference, kto = rows of prompt, completion, label",
+    )
+    beta: float = Field(
+        default=0.1,
+        gt=0,
+        description="strength of the tie to the reference policy (1/nat); for orpo the weight of "
+        "the odds ratio",
+    )
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=0.5,
+        description="assumed share (0 to 0.5) of flipped preferences; a row's own noise replaces "
+        "it",
+    )
+    nll_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the chosen branch's mean negative log-likelihood, added to a "
+        "pairwise loss (RPO)",
+    )
+    target_margin: float = Field(
+        default=0.5, ge=0, description="simpo's margin that a pair has to reach"
+    )
+    length: Literal["sum", "mean", "desensitised"] = Field(
+        default="sum",
+        description="log-ratio of a branch: sum over its tokens, mean over them, or desensitised = "
+        "sum in which tokens past the shorter branch's length count srpo.length_alpha",
+    )
+    length_alpha: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="weight (0 to 1) of tokens past the shorter branch's length",
+    )
+    reasoning_weight: float = Field(
+        default=1.0, ge=0, description="weight of the log-ratio of the tokens through </think>"
+    )
+    answer_weight: float = Field(
+        default=1.0, ge=0, description="weight of the log-ratio of the tokens after </think>"
+    )
+    scope: Literal["suffix", "step"] = Field(
+        default="suffix",
+        description="what of a branch is scored: suffix = all of it, step = the first reasoning "
+        "step in which the two branches differ",
+    )
+    desirable_weight: float = Field(
+        default=1.0, ge=0, description="weight of kto's rows with label true"
+    )
+    undesirable_weight: float = Field(
+        default=1.0, ge=0, description="weight of kto's rows with label false"
+    )
+    layout: Literal["shared", "separate"] = Field(
+        default="shared",
+        description="shared = a pair's common prefix is computed once, separate = once a branch",
+    )
+    reference_cache: str | None = Field(
+        default=None,
+        description="folder where reference log-probs are kept between runs; null = reference/ in "
+        "the user's cache",
+    )
+    recheck: int = Field(
+        default=4, ge=0, description="cached pairs whose reference log-probs are recomputed"
+    )
+    reference: Literal["stored", "resident"] = Field(
+        default="stored",
+        description="stored = reference log-probs are computed once and kept on disk, resident = "
+        "the reference policy stays in memory and scores every step",
+    )
+    sync_every: int = Field(
+        default=0,
+        ge=0,
+        description="optimizer steps between updates of a resident reference towards the policy "
+        "(TR-DPO); 0 = never",
+    )
+    sync_mix: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share (0 to 1) of the policy in an updated reference; 1 = a copy of it",
+    )
+    max_chosen_drop: float | None = Field(
+        default=20.0,
+        gt=0,
+        description="mean fall of the chosen log-probs below the reference (nats), with growing "
+        "margins, that ends the run; null = never",
+    )
+    on_drop: Literal["stop", "rollback"] = Field(
+        default="stop",
+        description="what srpo.max_chosen_drop does: stop = end with an error, rollback = export "
+        "the last checkpoint from before the fall",
+    )
+
+
+class SynthesizeConfig(Section):
+    """RIT-D out of prompts, a policy and a teacher; only synthesize reads it."""
+
+    prompts: str | list[str] = Field(
+        default="quickstart:ritd",
+        description="prompts: file, folder or Hub id, or several of them; KIND=SOURCE (harmful, "
+        "jailbreak, benign, borderline) where the rows have no column kind",
+    )
+    columns: str | list[str] | None = Field(
+        default=None,
+        description="FIELD=COLUMN, or several of them, where a source's columns are not found by "
+        "their names: prompt, kind, categories, answer, base_id, id, license, lang",
+    )
+    split: str = Field(default="train", description="split that is read from a Hub id")
+    evaluation: str | list[str] | None = Field(
+        default="quickstart:held_out",
+        description="evaluation sets no prompt may be taken from; null = none",
+    )
+    exact_hits: Literal["fail", "drop"] = Field(
+        default="fail",
+        description="what a prompt that stands in an evaluation set does: end the run, or go",
+    )
+    ngram: int = Field(
+        default=8,
+        ge=0,
+        description="words in a row that a prompt may not share with an evaluation set; 0 = any",
+    )
+    tfidf: float = Field(
+        default=0.7,
+        gt=0,
+        le=1,
+        description="cosine of word weights with an evaluation prompt from which a prompt goes; "
+        "1 = none goes",
+    )
+    near_duplicate: float = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="share of word triples (Jaccard) from which two prompts of one kind are one; "
+        "1 = none are",
+    )
+    dev_share: float = Field(
+        default=0.05,
+        ge=0,
+        lt=1,
+        description="share (0 to 1) of the prompt groups that are held out, with wrappers of their "
+        "own",
+    )
+    jailbreaks: float = Field(
+        default=1.0, ge=0, description="wrapped copies of each harmful prompt"
+    )
+    wrapped_benign: float = Field(
+        default=0.25, ge=0, description="wrapped copies of each benign or borderline prompt"
+    )
+    size: int | None = Field(
+        default=None,
+        ge=1,
+        description="train prompts, in the shares of synthesize.mix; null = all there are",
+    )
+    mix: str = Field(
+        default="25:25:30:20",
+        description="shares of harmful : jailbreak : benign : borderline among synthesize.size",
+    )
+    policy: str = Field(
+        default="saro", description="the safety policy: a YAML file, or a packaged one's name"
+    )
+    render: Literal["relevant", "whole"] = Field(
+        default="relevant",
+        description="what of the policy the teacher is told: rules of the prompt's categories, or "
+        "all",
+    )
+    n: int = Field(default=8, ge=1, description="answers of the teacher to one prompt")
+    temperature: float = Field(default=0.8, ge=0, description="the teacher's; 0 = greedy")
+    top_p: float = Field(
+        default=0.95, gt=0, le=1, description="probability mass (0 to 1) the teacher samples from"
+    )
+    max_new_tokens: int = Field(default=1024, ge=1, description="tokens of an answer at most")
+    retries: int = Field(
+        default=3, ge=0, description="times that answers which do not parse are asked for again"
+    )
+    concurrency: int = Field(
+        default=8, ge=1, description="prompts at the teacher at a time; does not change the result"
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        description="tokenizer that counts tokens: Hub id, folder or 'quickstart'; null = words "
+        "and marks are counted",
+    )
+    max_steps: int = Field(default=24, ge=1, description="reasoning steps at most")
+    min_steps: int = Field(default=2, ge=1, description="reasoning steps at least")
+    max_reasoning_tokens: int = Field(
+        default=768, ge=1, description="tokens of the reasoning at most"
+    )
+    decision_line: bool = Field(
+        default=True, description="rows keep the reasoning's last line, Decision: MODE"
+    )
+    overlap: float = Field(
+        default=0.6,
+        gt=0,
+        le=1,
+        description="share of runs of 8 words (Jaccard) above which reasoning repeats that of a "
+        "prompt of the same category; 1 = none does",
+    )
+    srs: Literal["shortest_q", "shortest", "pctl", "pareto"] = Field(
+        default="shortest_q",
+        description="which accepted answer is kept: shortest_q = the shortest of full score and "
+        "synthesize.srs_floor, shortest, pctl = nearest the 25th percentile of length, pareto = "
+        "the shortest and the best",
+    )
+    srs_floor: int = Field(
+        default=40,
+        ge=0,
+        description="reasoning tokens at least, for harmful prompts and jailbreaks, with "
+        "synthesize.srs=shortest_q",
+    )
+
+
+class MeshConfig(Section):
+    """How the devices are laid out; the axes' product is their number."""
+
+    data: int = Field(
+        default=1, ge=-1, description="devices that hold copies of the weights; -1 = the rest"
+    )
+    fsdp: int = Field(
+        default=-1, ge=-1, description="devices that share out weights and batch; -1 = the rest"
+    )
+    tensor: int = Field(
+        default=1, ge=-1, description="devices that share out each matrix product; -1 = the rest"
+    )
+    sequence: int = Field(
+        default=1,
+        ge=-1,
+        description="devices that share out the tokens of each row, and weights; -1 = the rest",
+    )
+    slice: int = Field(
+        default=1, ge=-1, description="slices of a multi-slice TPU: copies; -1 = the rest"
+    )
+
+
+class Config(Section):
+    """The resolved configuration of one stage."""
+
+    model: ModelConfig = Field(
+        default_factory=ModelConfig, description="the policy that is trained"
+    )
+    data: DataConfig = Field(description="the rows it trains on, and how they become arrays")
+    train: TrainConfig = Field(
+        default_factory=TrainConfig, description="how long it trains, what it writes on the way"
+    )
+    optimizer: OptimizerConfig = Field(
+        default_factory=OptimizerConfig, description="the optimizer and its learning rate"
+    )
+    lora: LoRAConfig = Field(
+        default_factory=LoRAConfig, description="low-rank adapters beside the model's matrices"
+    )
+    srpo: SRPOConfig = Field(
+        default_factory=SRPOConfig, description="preference optimisation; rw does not read it"
+    )
+    synthesize: SynthesizeConfig = Field(
+        default_factory=SynthesizeConfig,
+        description="RIT-D out of prompts, a policy and a teacher; only synthesize reads it",
+    )
+    mesh: MeshConfig = Field(default_factory=MeshConfig, description="how the devices are laid out")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**32,
+        description="seed of every random draw: order of the rows, adapters, dropout",
+    )
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        combinations.check(self)
+        return self
+
+
+def sections() -> dict[str, type[BaseModel]]:
+    return {
+        name: field.annotation
+        for name, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    }
+
+
+def leaves() -> dict[str, FieldInfo]:
+    """Every setting of the tree by dotted name, in the tree's order."""
+    leaves: dict[str, FieldInfo] = {}
+    for name, field in Config.model_fields.items():
+        section = sections().get(name)
+        if section is None:
+            leaves[name] = field
+        else:
+            leaves |= {f"{name}.{key}": leaf for key, leaf in section.model_fields.items()}
+    return leaves
