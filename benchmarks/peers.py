@@ -105,6 +105,8 @@ def train_trl(job: dict[str, Any]) -> dict[str, Any]:
         "disable_tqdm": True,
     }
     if job["stage"] == "rw":
+        if options.get("padding_free"):  # TRL wants it so; prepare() keeps longer rows out
+            common["max_length"] = None
         trainer_class, config = trl.SFTTrainer, trl.SFTConfig(**common | options)
     else:
         trainer_class = trl.DPOTrainer
