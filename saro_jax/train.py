@@ -14,7 +14,6 @@ folder. Ctrl-C and SIGTERM save and end with exit code 130 and 143. On several h
 command runs on each (docs/multihost.md).
 """
 
-import json
 import logging
 import math
 import os
@@ -26,9 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import yaml
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -39,42 +36,32 @@ from saro_jax.data.packing import Shape, arrange, blocks, laid_out_length
 from saro_jax.data.rows import Reject, StageKind
 from saro_jax.data.tokenise import Item, digest
 from saro_jax.models import decoder, hub, huggingface
-from saro_jax.models.architecture import Architecture
 from saro_jax.models.attention import check_kernel
-from saro_jax.objectives.preference import REFERENCE_FREE
 from saro_jax.parallel import distributed, sharding
 from saro_jax.parallel import mesh as meshes
 from saro_jax.text import chat
-from saro_jax.training import doctor, loop, metrics, mismatch, optimizer, reference, step, trainable
+from saro_jax.training import (
+    doctor,
+    folder,
+    loop,
+    metrics,
+    mismatch,
+    optimizer,
+    reference,
+    step,
+    trainable,
+)
 from saro_jax.training.checkpoint import Checkpoints, abstract
 from saro_jax.training.finding import Finding, refuse, report
 from saro_jax.training.memory import GIB, device_memory, estimate, parameters
 from saro_jax.training.mismatch import Mismatches
-from saro_jax.training.scoring import make_scorer, score_items
+from saro_jax.training.source import Source
 from saro_jax.training.watch import Watch
 
 MOST_KINDS = 32  # kinds of pairs that get metrics of their own
 # Largest difference of fp32 logits between the export read by transformers and this model.
 EXPORT_TOLERANCE = 2e-4
 EXAMPLE_TOKENS = 80  # of a stretch of the row that --dry-run shows
-
-
-@dataclass(frozen=True)
-class Source:
-    """The model a run starts from."""
-
-    folder: Path
-    arch: Architecture
-    tokenizer: Any
-    mesh: Mesh
-    config: Config
-
-    def load(self) -> Any:
-        """Its parameters, read straight to their shards."""
-        shapes = trainable.abstract_model(self.arch, self.config)
-        return huggingface.load_params(
-            self.folder, self.arch, shapes, sharding.shardings(self.mesh, shapes)
-        )
 
 
 class Read(NamedTuple):
@@ -130,7 +117,7 @@ def run(config: Config, stage: str, out: Path) -> int:
     logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it writes
     config = _with_model(config, stage, out)
     metrics.check(config)
-    if not distributed.first("claim", lambda: _claim(config, stage, out)):
+    if not distributed.first("claim", lambda: folder.claim(config, stage, out)):
         print(f"{out}: complete, nothing to do; the model is in {out / 'model'}")
         return 0
     distributed.shared_folder(out)
@@ -214,16 +201,24 @@ def _agree(prepared: Prepared) -> None:
     distributed.same("the weights", huggingface.weights_digest(prepared.source.folder))
 
 
+class Data(NamedTuple):
+    """What the loop reads: by item its reference log-probs, kind and mismatched row, and more."""
+
+    iterator: Any
+    reference: np.ndarray | None
+    kind: np.ndarray | None
+    mismatches: Mismatches | None
+    evaluation: loop.Evaluation | None
+
+
 def _train(prepared: Prepared, out: Path) -> int:
     """Reference, steps, export; the exit code of `run`."""
-    config, stage, source, shape = (
+    config, stage, source, steps = (
         prepared.config,
         prepared.stage,
         prepared.source,
-        prepared.shape,
+        prepared.steps,
     )
-    items, evaluation_items = prepared.training.items, prepared.evaluation.items
-    steps, config_rows, mesh = prepared.steps, prepared.config.train.batch_rows, source.mesh
     findings = _examine(prepared)
     refuse(findings)
     params = source.load()
@@ -231,49 +226,20 @@ def _train(prepared: Prepared, out: Path) -> int:
     fresh = not any((out / "checkpoints").glob("[0-9]*"))
     watch = Watch(out / "doctor.jsonl", config, stage, fresh=fresh)
     watch.say(findings, ("warning", "error"))
-    logps = eval_logps = mismatches = eval_mismatches = None
-    kinds = _kinds(stage, [*items, *evaluation_items])
-    own = distributed.own_rows(sharding.rows(mesh), shape.rows)
-    rows_of = pipeline.plan(
-        items,
-        batch_rows=config_rows,
-        shape=shape,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-        window=config.data.pack_window,
-    )
-    eval_groups = [
-        arrange(evaluation_items, range(i, min(i + config_rows, len(evaluation_items))), shape)
-        for i in range(0, len(evaluation_items), config_rows)
-    ]
-    if _stored(config, stage):
-        epoch = [rows_of(k) for k in range(math.ceil(len(items) / config_rows))]
-        logps = _reference(source, params, items, epoch, shape)
-        if evaluation_items:
-            eval_logps = _reference(source, params, evaluation_items, eval_groups, shape)
-    if row_kind(config, stage) == "unpaired":
-        step_groups = [[i for row in rows_of(k) for i in row] for k in range(steps)]
-        mismatches = _mismatches(source, params, items, step_groups, shape)
-        if evaluation_items:  # its baseline is that of the whole set
-            whole = [list(range(len(evaluation_items)))]
-            eval_mismatches = _mismatches(source, params, evaluation_items, whole, shape)
-    evaluation = None
-    if evaluation_items:
-        packed = [b for rows in eval_groups for b in blocks(evaluation_items, rows, shape, own)]
-        numbers = _kind_numbers(evaluation_items, kinds)
-        evaluation = loop.Evaluation(packed, eval_logps, numbers, eval_mismatches, evaluation_items)
+    items = prepared.training.items
+    kinds = _kinds(stage, [*items, *prepared.evaluation.items])
+    data = _data(prepared, params, kinds)
 
     transform = optimizer.make(config.optimizer, steps, config.lora)
-    trained, frozen = trainable.start(source.arch, config, params, mesh)
+    trained, frozen = trainable.start(source.arch, config, params, source.mesh)
     base = huggingface.weights_hash(source.folder) if frozen else None
     resident = stage == "srpo" and config.srpo.reference == "resident"
     state = step.init_state(
-        transform, trained, mesh, resident=resident, offload=config.optimizer.offload
+        transform, trained, source.mesh, resident=resident, offload=config.optimizer.offload
     )
     del params, trained
-    iterator = pipeline.steps(items, rows_of, shape, config.data.prefetch, own)
     checkpoints = Checkpoints(out / "checkpoints", config.train.keep, state)
-    tokens_before, window_before, recent_before, owed = 0, [], [], False
+    saved: dict[str, Any] = {}
     latest = checkpoints.latest()
     if latest is not None:
         wanted = abstract(state)
@@ -281,36 +247,34 @@ def _train(prepared: Prepared, out: Path) -> int:
         state, saved = checkpoints.restore(latest, wanted)
         trainable.check_base(saved.get("base"), base, source.folder, out)
         state = step.owned(state)
-        iterator.set_state(saved["iterator"])
-        tokens_before, window_before = saved["num_tokens"], saved["window"]
-        recent_before, owed = saved.get("recent", []), saved.get("owed", False)
+        data.iterator.set_state(saved["iterator"])
         print(f"continuing from step {latest} of {steps}", flush=True)
     writer = metrics.Writer(out, config, stage, start=latest or 0, steps=steps)
     try:
         state, stopped = loop.fit(
             programs=step.programs(source.arch, config, stage, transform, len(kinds)),
-            mesh=mesh,
+            mesh=source.mesh,
             stage=stage,
             config=config,
             state=state,
-            iterator=iterator,
+            iterator=data.iterator,
             items=items,
-            reference=logps,
+            reference=data.reference,
             steps=steps,
             schedule=optimizer.learning_rate(config.optimizer, steps),
             checkpoints=checkpoints,
             writer=writer,
             watch=watch,
-            evaluation=evaluation,
-            tokens_before=tokens_before,
-            window_before=window_before,
-            kind=_kind_numbers(items, kinds),
+            evaluation=data.evaluation,
+            tokens_before=saved.get("num_tokens", 0),
+            window_before=saved.get("window", []),
+            kind=data.kind,
             kinds=kinds,
-            mismatches=mismatches,
-            recent_before=recent_before,
+            mismatches=data.mismatches,
+            recent_before=saved.get("recent", []),
             frozen=frozen,
             base=base,
-            owed=owed,
+            owed=saved.get("owed", False),
         )
     finally:
         writer.close()
@@ -326,6 +290,49 @@ def _train(prepared: Prepared, out: Path) -> int:
     return 0
 
 
+def _data(prepared: Prepared, params: Any, kinds: tuple[str, ...]) -> Data:
+    """Pack the rows, and score under the model as it is now what the loss is given of them."""
+    config, stage, source, shape = (
+        prepared.config,
+        prepared.stage,
+        prepared.source,
+        prepared.shape,
+    )
+    items, held_out = prepared.training.items, prepared.evaluation.items
+    batch_rows = config.train.batch_rows
+    own = distributed.own_rows(sharding.rows(source.mesh), shape.rows)
+    rows_of = pipeline.plan(
+        items,
+        batch_rows=batch_rows,
+        shape=shape,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        window=config.data.pack_window,
+    )
+    eval_groups = [
+        arrange(held_out, range(i, min(i + batch_rows, len(held_out))), shape)
+        for i in range(0, len(held_out), batch_rows)
+    ]
+    logps = eval_logps = mismatches = eval_mismatches = evaluation = None
+    if reference.is_stored(config, stage):
+        epoch = [rows_of(k) for k in range(math.ceil(len(items) / batch_rows))]
+        logps = reference.of_items(source, params, items, epoch, shape)
+        if held_out:
+            eval_logps = reference.of_items(source, params, held_out, eval_groups, shape)
+    if row_kind(config, stage) == "unpaired":
+        step_groups = [[i for row in rows_of(k) for i in row] for k in range(prepared.steps)]
+        mismatches = mismatch.of_run(source, params, items, step_groups, shape)
+        if held_out:  # its baseline is that of the whole set
+            whole = [list(range(len(held_out)))]
+            eval_mismatches = mismatch.of_run(source, params, held_out, whole, shape)
+    if held_out:
+        packed = [b for rows in eval_groups for b in blocks(held_out, rows, shape, own)]
+        numbers = _kind_numbers(held_out, kinds)
+        evaluation = loop.Evaluation(packed, eval_logps, numbers, eval_mismatches, held_out)
+    iterator = pipeline.steps(items, rows_of, shape, config.data.prefetch, own)
+    return Data(iterator, logps, _kind_numbers(items, kinds), mismatches, evaluation)
+
+
 def _with_model(config: Config, stage: str, out: Path) -> Config:
     """Fill in a null `model.path`: for srpo the warmup beside `out`, else the quickstart model."""
     if config.model.path is not None:
@@ -335,62 +342,6 @@ def _with_model(config: Config, stage: str, out: Path) -> Config:
     if stage == "srpo":
         print(f"model.path is not given: starting from {path}", flush=True)
     return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
-
-
-def _claim(config: Config, stage: str, out: Path) -> bool:
-    """Take `out` for this config; False where the run in it is complete already."""
-    # Not read here, so that a change of it does not make this another run.
-    config = config.model_copy(update={"synthesize": configuration.SynthesizeConfig()})
-    text = f"# stage: {stage}\n{configuration.dump(config)}"
-    file = out / "config.yaml"
-    if file.exists():
-        before = file.read_text()
-        # Until something is saved, a run that failed (rows rejected, say) may be given again.
-        if before != text and not any((out / "checkpoints").glob("[0-9]*")):
-            _write_config(file, text)
-        elif before != text and _same_run(before, text):
-            print("goes on with another mesh or train.micro_rows than it began with", flush=True)
-            _write_config(file, text)
-        elif before != text:
-            changed = next(
-                (
-                    f"{a!r} there, {b!r} now"
-                    for a, b in zip(*map(_lines, (before, text)), strict=False)
-                    if a != b
-                ),
-                "another length",
-            )
-            raise ValueError(f"{file}: this folder holds a run with another config: {changed}")
-        return not (out / "model").is_dir()
-    if out.exists() and {path.name for path in out.iterdir()} - {"provenance.json", ".config.yaml"}:
-        raise ValueError(f"{out}: the output folder is not empty and holds no run; choose another")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "provenance.json").write_text(json.dumps(configuration.provenance(), indent=2) + "\n")
-    _write_config(file, text)
-    return True
-
-
-def _same_run(before: str, now: str) -> bool:
-    """Whether two texts of config.yaml differ only in what cuts up the work and not in the work.
-
-    The machine that goes on need not be the one that began.
-    """
-    stages = {text.partition("\n")[0] for text in (before, now)}
-    trees = [yaml.safe_load(text) for text in (before, now)]
-    for tree in trees:
-        tree.pop("mesh", None)
-        tree.get("train", {}).pop("micro_rows", None)
-    return len(stages) == 1 and trees[0] == trees[1]
-
-
-def _write_config(file: Path, text: str) -> None:
-    partial = file.with_name(".config.yaml")
-    partial.write_text(text)
-    os.replace(partial, file)
-
-
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines()]
 
 
 def _shape(config: Config, stage: str, mesh: Mesh) -> Shape:
@@ -456,12 +407,6 @@ def row_kind(config: Config, stage: str) -> StageKind:
     return "unpaired" if config.srpo.loss == "kto" else "preference"
 
 
-def _stored(config: Config, stage: str) -> bool:
-    """Whether the run takes reference log-probs from the store."""
-    loss, reference = config.srpo.loss, config.srpo.reference
-    return stage == "srpo" and loss not in REFERENCE_FREE and reference == "stored"
-
-
 def _check_noise(prepared: Prepared) -> None:
     """Refuse a noise column that the loss does not read, and a robust loss without any noise."""
     if prepared.stage != "srpo":
@@ -498,27 +443,6 @@ def _kind_numbers(items: Sequence[Item], kinds: tuple[str, ...]) -> np.ndarray |
     return np.array([kinds.index(item.kind) for item in items], np.int32)
 
 
-def _mismatches(
-    source: Source, params, items: Sequence[Item], groups: list[list[int]], shape: Shape
-) -> Mismatches:
-    """KTO's mismatched rows, with their stored reference log-probs where none is resident.
-
-    Which rows meet is a function of the step, so those of all steps are scored before the first.
-    """
-    longest = source.config.data.max_length
-    if source.config.srpo.reference == "resident":
-        return Mismatches(items, shape, longest, None)
-    number: dict[mismatch.Match, int] = {}
-    numbered = [
-        [number.setdefault(match, len(number)) for match in mismatch.matches(group)]
-        for group in groups
-    ]
-    joined = [mismatch.join(items, match, longest) for match in number]
-    groups_of_rows = [arrange(joined, group, shape) for group in numbered]
-    logps = _reference(source, params, joined, groups_of_rows, shape)
-    return Mismatches(items, shape, longest, dict(zip(number, logps, strict=True)))
-
-
 def _summary(prepared: Prepared) -> str:
     """One line: what is trained, on what, for how long, in how much memory."""
     config, shape, items = prepared.config, prepared.shape, prepared.training.items
@@ -538,61 +462,6 @@ def _summary(prepared: Prepared) -> str:
         f"{prepared.steps} steps, {jax.device_count()} x {jax.devices()[0].device_kind} of "
         f"{device_memory() / GIB:.1f} GiB, about {need / GIB:.2f} GiB needed on each{offload}"
     )
-
-
-def _reference(source: Source, params, items, groups, shape: Shape) -> np.ndarray:
-    """Reference log-probs of all items, float32 [n, K, G]: stored ones, the missing scored now."""
-    config = source.config
-    scorer = make_scorer(
-        source.arch,
-        source.mesh,
-        dtype=jnp.dtype(config.model.dtype),
-        remat=config.model.remat,
-        attention=config.model.attention,
-        branches=len(items[0].branches),
-    )
-    where = config.srpo.reference_cache
-    store = None
-    if distributed.writes():
-        store = reference.ReferenceStore(Path(where) if where else hub.cache_folder() / "reference")
-    own = distributed.own_rows(sharding.rows(source.mesh), shape.rows)
-    try:
-        return reference.complete(
-            store,
-            reference.model_key(
-                huggingface.weights_hash(source.folder),
-                _dtypes(config),
-                repr(source.arch),  # RoPE, norms: what config.json says beside the weights
-                reference.tokenizer_key(source.tokenizer),
-                shape.layout,
-                _packing(config, items, groups, shape),
-            ),
-            items,
-            groups,
-            lambda some: score_items(scorer, params, items, some, shape, own),
-            recheck=config.srpo.recheck,
-            tolerance=reference.TOLERANCE[config.model.dtype],
-        )
-    finally:
-        if store is not None:
-            store.close()
-
-
-def _dtypes(config: Config) -> str:
-    """What the weights are rounded to before they are used, which moves a log-prob."""
-    model = config.model
-    text = f"{model.param_dtype} {model.dtype}"
-    if model.frozen_dtype not in (None, model.param_dtype):
-        text += f" {model.frozen_dtype} {config.train.freeze}"
-    return text
-
-
-def _packing(config: Config, items, groups, shape: Shape) -> str:
-    """In bfloat16, which rows lie beside which: it moves a log-prob, and step 0 must be exact."""
-    if config.model.dtype != "bfloat16":
-        return ""
-    order = [[[items[i].id for i in row] for row in group] for group in groups]
-    return f"{shape} {order} {config.model.attention}"
 
 
 def _export(config: Config, source: Source, params, out: Path) -> None:

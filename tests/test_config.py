@@ -371,6 +371,16 @@ def test_an_override_given_twice_is_refused():
             "at 0.0",
         ),
         (
+            ["--train.reduce_dtype=bfloat16", "--model.dtype=float32"],
+            "--train.reduce_dtype=bfloat16: train.reduce_dtype=bfloat16 is for model.dtype="
+            "bfloat16, got float32; leave it at float32",
+        ),
+        (
+            ["--train.reduce_dtype=bfloat16", "--lora.rank=4"],
+            "--train.reduce_dtype=bfloat16: train.reduce_dtype=bfloat16 has no meaning with lora.rank=4: "
+            "no matrix of the layers trains; leave it at float32",
+        ),
+        (
             ["--srpo.target_margin=1"],
             "--srpo.target_margin=1: srpo.target_margin=1.0 has no meaning with "
             "srpo.loss=sigmoid; leave it at 0.5",

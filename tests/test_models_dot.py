@@ -36,3 +36,11 @@ def test_values_and_gradients(shape, dtype, jit):
     np.testing.assert_allclose(dx.astype(jnp.float32), g32 @ w32.T, rtol=rtol, atol=atol)
     # Accumulated in float32 and not rounded to bfloat16 on the way.
     np.testing.assert_allclose(dw, rows.T @ cot, rtol=1e-5, atol=1e-4)
+
+
+def test_the_gradient_of_a_bfloat16_matrix_is_rounded_once():
+    x, w, g = (jax.random.normal(jax.random.key(k), (4, 4)).astype(jnp.bfloat16) for k in range(3))
+    dw = jax.vjp(dot, x, w)[1](g)[1]
+    exact = jnp.einsum("mi,mo->io", x, g, preferred_element_type=jnp.float32)
+    assert dw.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(dw, exact.astype(jnp.bfloat16))

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import tiny
 import yaml
-from pydantic import BaseModel
 from safetensors.numpy import load_file, save_file
 
+from saro_jax import config as configuration
 from saro_jax import export, train
 from saro_jax.config import Config
-from saro_jax.training import loop, metrics
+from saro_jax.training import loop, metrics, reference
 
 SFT_METRICS = {"loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate", "epoch"}
 SFT_METRICS |= {"num_tokens", "packing_efficiency", "step"}
@@ -484,16 +484,12 @@ def test_a_model_that_trains_beside_its_adapters_has_no_adapter_folder(tmp_path,
 # ---- every setting is read -----------------------------------------------------------------------
 
 
-def leaves(model: type[BaseModel] = Config, prefix: str = ""):
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from leaves(field.annotation, f"{name}.")
-        else:
-            yield prefix + name
-
-
-# Those of synthesize are in its own test file.
-TRAINING = [name for name in leaves() if not name.startswith("synthesize.")]
+# Those of other stages are in their own test files.
+TRAINING = [
+    name
+    for name in configuration.leaves()
+    if name.partition(".")[0] not in set(configuration.sections()) - set(configuration.TRAINING)
+]
 
 
 class Observed:
@@ -503,7 +499,8 @@ class Observed:
         self.root, self.capsys = root, capsys
         self.count, self.known = 0, {}
         self.notes = []
-        score_items, programs, options = train.score_items, train.step.programs, grain.ReadOptions
+        score_items, programs = reference.score_items, train.step.programs
+        options = grain.ReadOptions
         grain_workers = grain.MultiprocessingOptions
 
         def scored(*arguments, **keywords):
@@ -526,7 +523,7 @@ class Observed:
             self.notes.append(f"read {keywords}")
             return options(*arguments, **keywords)
 
-        monkeypatch.setattr(train, "score_items", scored)
+        monkeypatch.setattr(reference, "score_items", scored)
         monkeypatch.setattr(train.step, "programs", noted)
 
         def workers(number, **_):
@@ -605,6 +602,7 @@ def settings(root: Path) -> dict[str, tuple]:
         "train.epochs": ("rw", "0.3", ("--train.steps=null",)),
         "train.batch_rows": ("rw", "3"),
         "train.micro_rows": ("rw", "1", (), True),
+        "train.reduce_dtype": ("rw", "bfloat16", ("--model.dtype=bfloat16",)),
         "train.freeze": ("rw", "mlp"),
         "train.save_every": ("rw", "1"),
         "train.keep": ("rw", "1", ("--train.save_every=1",)),

@@ -192,7 +192,7 @@ def test_the_store_lies_in_the_users_cache_by_default(runs, monkeypatch):
 
 
 def test_a_broken_run_leaves_what_it_had_scored(runs, monkeypatch):
-    scored, calls = train.score_items, []
+    scored, calls = reference.score_items, []
 
     def breaks(*arguments, **options):
         calls.append(arguments)
@@ -202,7 +202,7 @@ def test_a_broken_run_leaves_what_it_had_scored(runs, monkeypatch):
                 raise ValueError("stopped")
             yield result
 
-    monkeypatch.setattr(train, "score_items", breaks)
+    monkeypatch.setattr(reference, "score_items", breaks)
     assert runs(code=2)[2] == "error: stopped\n"
-    monkeypatch.setattr(train, "score_items", scored)
+    monkeypatch.setattr(reference, "score_items", scored)
     assert runs()[:2] == (4, 1)

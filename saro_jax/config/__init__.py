@@ -5,6 +5,7 @@ from saro_jax.config.command_line import Flag, help_text, parse_command_line
 from saro_jax.config.recipe import digest, dump, load, recipe_path
 from saro_jax.config.tree import (
     STAGES,
+    TRAINING,
     Config,
     DataConfig,
     LoRAConfig,
@@ -14,6 +15,8 @@ from saro_jax.config.tree import (
     SRPOConfig,
     SynthesizeConfig,
     TrainConfig,
+    leaves,
+    sections,
 )
 from saro_jax.config.values import names
 from saro_jax.config.versions import provenance
@@ -23,6 +26,7 @@ __all__ = [
     "LAYER_PROJECTIONS",
     "PROJECTIONS",
     "STAGES",
+    "TRAINING",
     "Config",
     "DataConfig",
     "Flag",
@@ -36,9 +40,11 @@ __all__ = [
     "digest",
     "dump",
     "help_text",
+    "leaves",
     "load",
     "names",
     "parse_command_line",
     "provenance",
     "recipe_path",
+    "sections",
 ]

@@ -34,6 +34,14 @@ def check(config: Config) -> None:
             f"data.row_length={data.row_length} cannot hold a sequence of "
             f"data.max_length={data.max_length} tokens"
         )
+    if train.reduce_dtype == "bfloat16":
+        for key in ("dtype", "param_dtype"):
+            wanted = type(model).model_fields[key].default
+            if getattr(model, key) != wanted:
+                raise ValueError(
+                    f"train.reduce_dtype=bfloat16 is for model.{key}={wanted}, got "
+                    f"{getattr(model, key)}; leave it at float32"
+                )
     if train.eval_every and data.eval is None:
         raise ValueError(f"train.eval_every={train.eval_every} needs rows in data.eval")
     if optimizer.min_lr_ratio and optimizer.schedule == "constant":
@@ -177,6 +185,11 @@ def _check_adapters(config: Config) -> None:
             raise ValueError(
                 f"train.freeze: {pattern!r} is not a regular expression: {error}"
             ) from None
+    if config.train.reduce_dtype != "float32" and lora.rank and not freeze:
+        raise ValueError(
+            f"train.reduce_dtype={config.train.reduce_dtype} has no meaning with lora.rank="
+            f"{lora.rank}: no matrix of the layers trains; leave it at float32"
+        )
     if config.model.frozen_dtype and freeze in (["none"], []) and not (lora.rank and not freeze):
         raise ValueError(
             f"model.frozen_dtype={config.model.frozen_dtype} has no meaning where every weight "

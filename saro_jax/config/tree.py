@@ -23,6 +23,8 @@ PreferenceLoss = Literal[
     "kto",
 ]
 STAGES: tuple[str, ...] = get_args(Stage)
+# The sections that training reads; another stage has a section of its name.
+TRAINING = ("model", "data", "train", "optimizer", "lora", "srpo", "mesh")
 
 
 class Section(BaseModel):
@@ -137,6 +139,11 @@ class TrainConfig(Section):
     )
     micro_rows: int = Field(
         default=1, ge=1, description="packed rows of one forward and backward pass"
+    )
+    reduce_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="dtype in which devices sum the gradients of the layers' matrices: bfloat16 "
+        "sends half as much and rounds each device's part",
     )
     freeze: str | list[str] | None = Field(
         default=None,

@@ -266,13 +266,15 @@ def forward(
     remat: str = "none",
     adapters: Adapters | None = None,
     attention: Kernel = "auto",
+    reduce_dtype: Any = F32,
 ) -> jax.Array:
     """Hidden states after the final norm of packed rows, [B, T, D] in `dtype`.
 
     tokens_BT: int32 ids; where: segment, branch and position of each token (`attention.Tokens`).
     remat: none | dots | attention | full, what the backward pass computes again. adapters:
     `lora.bind`; they join layer by layer inside the scan. attention: which code computes it
-    (`attention.attend`). Padding (segment 0) yields finite, meaningless states.
+    (`attention.attend`). reduce_dtype: in which devices sum the gradients of the layers' float32
+    matrices. Padding (segment 0) yields finite, meaningless states.
     """
 
     model, x_BTD, windows, variants, rope_of = _enter(
@@ -281,6 +283,8 @@ def forward(
 
     def body(x_BTD, scanned):
         layer, window, variant, *low = scanned
+        if reduce_dtype != F32:  # the products see matrices of that dtype, see `dot`
+            layer = jax.tree.map(lambda w: w.astype(reduce_dtype) if w.ndim > 1 else w, layer)
         x_BTD = store(x_BTD, "input")
 
         def mix(q, k, v):

@@ -39,7 +39,8 @@ def dot(x: jax.Array, w_IO: jax.Array) -> jax.Array:
     """x @ w in x's dtype with float32 accumulation; w is cast to x's dtype first.
 
     x: [..., I]; w: [I, O], any float dtype. The gradient of w comes out in w's own dtype, rounded
-    once from the float32 product, so float32 master weights get float32 gradients.
+    once from the float32 product, so float32 master weights get float32 gradients. Over a mesh each
+    device's part of it is summed in that dtype too, but on CPU in float32.
     """
     return _forward(x, w_IO)
 
@@ -64,8 +65,19 @@ def _dot_bwd(residuals, dy):
     dx = dx.astype(x.dtype).reshape(x.shape)
     left, axes = (row_major(rows.T), (1,)) if last == 1 else (rows, tuple(range(last)))
     contracted = (axes, tuple(range(last)))
-    dw = lax.dot_general(left, dy_rows, (contracted, ((), ())), preferred_element_type=F32)
-    return dx, dw.astype(w_IO.dtype)
+
+    def product(left, dy_rows, result):
+        return lax.dot_general(left, dy_rows, (contracted, ((), ())), preferred_element_type=result)
+
+    if w_IO.dtype == F32:
+        return dx, product(left, dy_rows, F32)
+    dw = lax.platform_dependent(
+        left,
+        dy_rows,
+        cpu=lambda *of: product(*of, F32).astype(w_IO.dtype),
+        default=lambda *of: product(*of, w_IO.dtype),
+    )
+    return dx, dw
 
 
 dot.defvjp(_dot_fwd, _dot_bwd)

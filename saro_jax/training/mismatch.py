@@ -6,12 +6,14 @@ item numbers, so which two meet depends on the step alone, not on how it is pack
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from saro_jax.data.packing import Rows, Shape, pack
+from saro_jax.data.packing import Rows, Shape, arrange, pack
 from saro_jax.data.tokenise import Item
+from saro_jax.training import reference
+from saro_jax.training.source import Source
 
 Match = tuple[int, int]  # item whose prompt it is, item whose response it is
 
@@ -52,3 +54,27 @@ def of_step(
     joined = [join(items, match, longest) for match in step]
     packed = list(pack(joined, range(len(joined)), **shape._asdict(), own=own))
     return packed, None if reference is None else np.stack([reference[match] for match in step])
+
+
+def of_run(
+    source: Source,
+    params: Any,
+    items: Sequence[Item],
+    groups: list[list[int]],
+    shape: Shape,
+) -> Mismatches:
+    """The mismatched rows of a run, with their stored reference log-probs where none is resident.
+
+    Which rows meet is a function of the step, so those of all steps are scored before the first.
+    """
+    longest = source.config.data.max_length
+    if source.config.srpo.reference == "resident":
+        return Mismatches(items, shape, longest, None)
+    number: dict[Match, int] = {}
+    numbered = [
+        [number.setdefault(match, len(number)) for match in matches(group)] for group in groups
+    ]
+    joined = [join(items, match, longest) for match in number]
+    groups_of_rows = [arrange(joined, group, shape) for group in numbered]
+    logps = reference.of_items(source, params, joined, groups_of_rows, shape)
+    return Mismatches(items, shape, longest, dict(zip(number, logps, strict=True)))

@@ -11,11 +11,19 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from saro_jax.config import Config
+from saro_jax.data.packing import Shape
 from saro_jax.data.tokenise import Item, item_key_parts
-from saro_jax.objectives.preference import SEGMENTS
-from saro_jax.parallel import distributed
+from saro_jax.models import hub, huggingface
+from saro_jax.objectives.preference import REFERENCE_FREE, SEGMENTS
+from saro_jax.parallel import distributed, sharding
+from saro_jax.training.scoring import make_scorer, score_items
+from saro_jax.training.source import Source
+
+Groups = Sequence[Sequence[list[int]]]  # per step the packed rows, each a list of item numbers
 
 SCORING_VERSION = 2  # raise it whenever a change to model or scoring code may change a log-prob
 # How far a re-scored row may lie from the stored one, in nats per scored token. In float32 another
@@ -78,7 +86,7 @@ def complete(
     store: ReferenceStore | None,
     model: str,
     items: Sequence[Item],
-    groups: Sequence[Sequence[list[int]]],
+    groups: Groups,
     score: Callable[[Iterable[Sequence[list[int]]]], Iterable[tuple[int, np.ndarray, np.ndarray]]],
     *,
     recheck: int,
@@ -121,3 +129,66 @@ def complete(
         if done % 10 == 0 or done == len(todo):
             print(f"reference: {done} of {len(todo)} steps scored", flush=True)
     return logps
+
+
+def is_stored(config: Config, stage: str) -> bool:
+    """Whether the run takes reference log-probs from the store."""
+    loss, reference = config.srpo.loss, config.srpo.reference
+    return stage == "srpo" and loss not in REFERENCE_FREE and reference == "stored"
+
+
+def of_items(
+    source: Source, params: Any, items: Sequence[Item], groups: Groups, shape: Shape
+) -> np.ndarray:
+    """Reference log-probs of all items, float32 [n, K, G]: stored ones, the missing scored now."""
+    config = source.config
+    scorer = make_scorer(
+        source.arch,
+        source.mesh,
+        dtype=jnp.dtype(config.model.dtype),
+        remat=config.model.remat,
+        attention=config.model.attention,
+        branches=len(items[0].branches),
+    )
+    where = config.srpo.reference_cache
+    store = None
+    if distributed.writes():
+        store = ReferenceStore(Path(where) if where else hub.cache_folder() / "reference")
+    own = distributed.own_rows(sharding.rows(source.mesh), shape.rows)
+    try:
+        return complete(
+            store,
+            model_key(
+                huggingface.weights_hash(source.folder),
+                _dtypes(config),
+                repr(source.arch),  # RoPE, norms: what config.json says beside the weights
+                tokenizer_key(source.tokenizer),
+                shape.layout,
+                _packing(config, items, groups, shape),
+            ),
+            items,
+            groups,
+            lambda some: score_items(scorer, params, items, some, shape, own),
+            recheck=config.srpo.recheck,
+            tolerance=TOLERANCE[config.model.dtype],
+        )
+    finally:
+        if store is not None:
+            store.close()
+
+
+def _dtypes(config: Config) -> str:
+    """What the weights are rounded to before they are used, which moves a log-prob."""
+    model = config.model
+    text = f"{model.param_dtype} {model.dtype}"
+    if model.frozen_dtype not in (None, model.param_dtype):
+        text += f" {model.frozen_dtype} {config.train.freeze}"
+    return text
+
+
+def _packing(config: Config, items, groups: Groups, shape: Shape) -> str:
+    """In bfloat16, which rows lie beside which: it moves a log-prob, and step 0 must be exact."""
+    if config.model.dtype != "bfloat16":
+        return ""
+    order = [[[items[i].id for i in row] for row in group] for group in groups]
+    return f"{shape} {order} {config.model.attention}"

@@ -42,11 +42,12 @@ def score_tokens(
     entropy: bool = False,
     adapters: Adapters | None = None,
     train_head: bool = True,
+    reduce_dtype: Any = jnp.float32,
 ) -> TokenScores:
     """Log-prob of every scored token of packed rows, [B, S], differentiable in `params`.
 
     adapters: `lora.bind`, differentiable too. train_head: False = no gradient of the output matrix
-    is computed.
+    is computed. reduce_dtype: as `decoder.forward` has it.
     """
     where = Tokens(rows.segment, rows.branch, rows.position)
     hidden_BTD = decoder.forward(
@@ -58,6 +59,7 @@ def score_tokens(
         remat=remat,
         adapters=adapters,
         attention=attention,
+        reduce_dtype=reduce_dtype,
     )
     # On a mesh that cuts tokens, B and S are those of `sharding.deal_tokens` from here on.
     hidden_BSD = sharding.gather_tokens(hidden_BTD, rows.source)

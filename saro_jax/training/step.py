@@ -148,6 +148,7 @@ def _score(arch, config: Config, params, rows, key=None, *, entropy: bool):
         entropy=entropy,
         adapters=adapters,
         train_head=trainable.trains_head(arch, config),
+        reduce_dtype=jnp.dtype(config.train.reduce_dtype),
     )
 
 
