@@ -377,8 +377,8 @@ def test_an_override_given_twice_is_refused():
         ),
         (
             ["--train.reduce_dtype=bfloat16", "--lora.rank=4"],
-            "--train.reduce_dtype=bfloat16: train.reduce_dtype=bfloat16 has no meaning with lora.rank=4: "
-            "no matrix of the layers trains; leave it at float32",
+            "--train.reduce_dtype=bfloat16: train.reduce_dtype=bfloat16 has no meaning with "
+            "lora.rank=4: no matrix of the layers trains; leave it at float32",
         ),
         (
             ["--srpo.target_margin=1"],
