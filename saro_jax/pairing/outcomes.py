@@ -102,7 +102,7 @@ def _verdict(judgments: Sequence[Judgment]) -> Verdict:
         for one in safety
         if one.label in ("safe", "unsafe")
     ]
-    refusals = [one.refusal for one in judgments if one.refusal is not None]
+    refusals: list[Refusal] = [one.refusal for one in judgments if one.refusal is not None]
     valid = [one for one in refusals if one != "invalid"]
     helpful = [one.helpful for one in judgments if one.helpful is not None]
     failed = (bool(safety) and not scores) or (bool(refusals) and not valid)
