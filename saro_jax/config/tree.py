@@ -501,9 +501,10 @@ class ServerConfig(Section):
         default=None,
         description="JSON object of more fields of each request; a null takes a field out",
     )
-    version: str = Field(
-        default="",
-        description="what the replies depend on beside the model's name, such as its date",
+    version: str | None = Field(
+        default=None,
+        description="what the replies depend on beside the model's name, such as its date; null = "
+        "nothing",
     )
     cache: str | None = Field(
         default=None,
