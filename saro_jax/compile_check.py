@@ -34,7 +34,7 @@ from saro_jax.generation import engine, programs
 from saro_jax.models import decoder, flash, hub, huggingface
 from saro_jax.models.architecture import Architecture, from_hf
 from saro_jax.objectives.preference import SEGMENTS
-from saro_jax.parallel import hlo, schedule, sharding
+from saro_jax.parallel import hlo, hlo_walk, schedule, sharding
 from saro_jax.parallel import mesh as meshes
 from saro_jax.parallel import topologies as tpu
 from saro_jax.parallel.topologies import GIB, Topology
@@ -528,7 +528,7 @@ def check(setup: Setup) -> dict[str, Any]:
         "programs": [],
         "versions": configuration.provenance() | {"libtpu": _libtpu_version()},
     }
-    sums = hlo.Totals()
+    sums = hlo_walk.Totals()
     times = schedule.Times(busy={"compute": 0.0, "memory": 0.0, "network": 0.0})
     for program in setup.programs:
         entry, compiled = _compile(setup, program)
@@ -542,9 +542,9 @@ def check(setup: Setup) -> dict[str, Any]:
             "kernels": partial(kernel_flops, setup),
             "slice_devices": devices // setup.topology.slices,
         }
-        totals = hlo.totals(module, **options)
+        totals = hlo_walk.totals(module, **options)
         part = schedule.estimate(module, chip, **options)
-        hlo.add(sums, totals, program.times)
+        hlo_walk.add(sums, totals, program.times)
         for name in ("total", "products", "kernels", "memory", "exposed", "wire"):
             value = getattr(times, name) + program.times * getattr(part, name)
             setattr(times, name, value)

@@ -245,9 +245,10 @@ class PRMItem(Record):
 
 
 R = TypeVar("R", bound=Record)
+M = TypeVar("M", bound=BaseModel)
 
 
-def parse(cls: type[R], line: str | bytes, where: str) -> R:
+def parse(cls: type[M], line: str | bytes, where: str) -> M:
     """The record of one JSON line.
 
     ValueError in one line: `where`, the field, what was found and what is allowed.

@@ -175,7 +175,7 @@ def test_the_compiler_says_how_much_is_missing(message, needed, allowed):
 )
 def test_errors_are_one_line(arguments, words, capsys):
     if not LIBTPU and "v5e" in str(arguments):
-        words = "pip install 'saro_jax[tpu]'"
+        words = "pip install -e '.[tpu]'"
     assert compile_check.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and words in error and error.count("\n") == 1

@@ -1,0 +1,1 @@
+"""Pure functions of the analyses, and the typed contents of an analysis folder."""

@@ -1,0 +1,1 @@
+"""Pairs: from judged rollouts to preference pairs, step values and items for reward models."""
