@@ -437,6 +437,25 @@ def test_the_flip_rate_of_the_self_teacher(data: Path, tmp_path: Path):
         assert made["report"]["flip_rate"]["rate"] == 1.0
 
 
+@pytest.mark.slow
+def test_a_teacher_that_runs_here(data: Path, tmp_path: Path):
+    import tiny
+
+    model = tiny.write_model(tmp_path / "tiny", config={"max_position_embeddings": 16384})
+    small = {"n": 2, "retries": 0, "jailbreaks": 0, "max_new_tokens": 3}
+    made = {}
+    for teacher, slots in (("local", 2), ("local", 7), ("self", 3)):
+        out = tmp_path / f"{teacher}{slots}"
+        given = small | {"teacher": teacher, "teacher_model": str(model), "concurrency": slots}
+        if teacher == "self":
+            given["min_flip_rate"] = 0.0
+        made[out.name] = synthesize.run(config(data, wrapped_benign=0, **given), out)
+    assert made["local2"]["model"] == str(model) and len(made["local2"]["model_sha"]) == 16
+    assert made["local2"]["drop_reasons"]["parse"] == 2 * 15
+    assert contents(tmp_path / "local2") == contents(tmp_path / "local7")
+    assert made["self3"]["report"]["flip_rate"]["prompts"] == 6
+
+
 def test_what_the_server_withholds_is_told_and_replaced(data: Path, tmp_path: Path):
     plan = lambda sent: ["filtered"] * 9 * ("the car of" in str(sent))  # noqa: E731
     with Server(plan=plan, answer=model_answer) as server:

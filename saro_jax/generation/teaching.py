@@ -105,23 +105,12 @@ def opened(config: Config) -> Generator:
 
         assert settings.teacher_model is not None  # the tree's check
         return Api(settings.teacher_url, settings.teacher_model, config.server)
-    import jax  # which a server makes needless
+    from saro_jax.generation import local  # JAX, which a server makes needless
 
-    from saro_jax.generation.local import Local
-    from saro_jax.models import hub, huggingface
-    from saro_jax.text import chat
-
-    model = settings.teacher_model or config.model.path or "quickstart"
-    folder = hub.resolve(model)
-    arch = huggingface.load_architecture(folder)
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return Local(
-        arch,
-        huggingface.load_params(folder, arch, dtype),
-        chat.load_tokenizer(folder),
-        name=model,
-        sha=huggingface.weights_hash(folder)[:16],
-        dtype=dtype,
+    own = settings.teacher == "self" and settings.teacher_model is None
+    return local.load(
+        config.model.path if own else settings.teacher_model,
+        revision=config.model.revision if own else None,
         slots=settings.concurrency,
     )
 
