@@ -103,7 +103,7 @@ def _verdict(judgments: Sequence[Judgment]) -> Verdict:
         if one.label in ("safe", "unsafe")
     ]
     refusals: list[Refusal] = [one.refusal for one in judgments if one.refusal is not None]
-    valid = [one for one in refusals if one != "invalid"]
+    valid: list[Refusal] = [one for one in refusals if one != "invalid"]
     helpful = [one.helpful for one in judgments if one.helpful is not None]
     failed = (bool(safety) and not scores) or (bool(refusals) and not valid)
     return Verdict(
