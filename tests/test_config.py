@@ -232,7 +232,7 @@ def test_typed_overrides():
         (
             "stages: {rw: {stages: {}}}\n",
             "configs/x.yaml:1: unknown key 'stages' in stages.rw; allowed: model, data, train, "
-            "optimizer, lora, srpo, synthesize, mesh, seed",
+            "optimizer, lora, srpo, synthesize, server, mesh, seed",
         ),
         (
             "train:\n  steps: abc\n",
@@ -503,6 +503,11 @@ def test_an_override_given_twice_is_refused():
         (
             ["--model.revision=main", "--model.path=x.gguf"],
             "--model.revision=main: model.revision=main needs a Hub id in model.path, got x.gguf",
+        ),
+        (
+            ["--server.max_cost=5"],
+            "--server.max_cost=5: server.max_cost=5 has no meaning without server.input_price or "
+            "server.output_price",
         ),
         (
             ["--synthesize.mix=1:2:3"],

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 from saro_jax.config.values import as_typed, names, nearest
 
 if TYPE_CHECKING:
-    from saro_jax.config.tree import Config, SRPOConfig, SynthesizeConfig, TrainConfig
+    from saro_jax.config.tree import (
+        Config,
+        ServerConfig,
+        SRPOConfig,
+        SynthesizeConfig,
+        TrainConfig,
+    )
 
 # Steps over which the fall of the chosen log-probs is averaged (srpo.max_chosen_drop).
 DROP_WINDOW = 5
@@ -63,6 +69,7 @@ def check(config: Config) -> None:
     _check_srpo(srpo, train)
     _check_adapters(config)
     _check_synthesize(config.synthesize)
+    _check_server(config.server)
     for axis, size in config.mesh:
         if size == 0:
             raise ValueError(f"mesh.{axis}=0: expected at least 1 device, or -1 for the rest")
@@ -126,6 +133,14 @@ def _check_srpo(srpo: SRPOConfig, train: TrainConfig) -> None:
         raise ValueError(
             f"srpo.on_drop=rollback needs a checkpoint from {DROP_WINDOW} steps ago: "
             f"train.keep={train.keep} and train.save_every={train.save_every} keep none"
+        )
+
+
+def _check_server(server: ServerConfig) -> None:
+    if server.max_cost is not None and not server.input_price + server.output_price:
+        raise ValueError(
+            f"server.max_cost={server.max_cost:g} has no meaning without server.input_price or "
+            "server.output_price"
         )
 
 

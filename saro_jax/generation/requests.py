@@ -27,13 +27,14 @@ class Request:
 class Sample:
     """One continuation: `text` without the prefix and without the stop that ended it.
 
-    finish: eos = the model ended its turn, stop = a stop string, length = cut off. `ids` and
+    finish: eos = the model ended its turn, stop = a stop string, length = cut off, filter = a
+    server withheld or cut it, so that it is no answer of the model. `ids` and
     `logprobs` (log-probs under the model itself, nats) are those of the sampled tokens, where the
     generator tells them; `forced`, the thought was closed by budget forcing; `cost` in money.
     """
 
     text: str
-    finish: Literal["eos", "length", "stop"]
+    finish: Literal["eos", "length", "stop", "filter"]
     prompt_tokens: int | None = None
     tokens: int | None = None
     ids: tuple[int, ...] | None = None
