@@ -26,7 +26,7 @@ def words(text: str) -> int:
 
 
 def head(trace: Trace, step: int) -> str:
-    """The response up to the beginning of a step of its reasoning; up to the end for no step more."""
+    """The response up to the beginning of a step; of one past the last, to the reasoning's end."""
     start = trace.raw.find(trace.parsed.reasoning)
     if start < 0 or not trace.steps:
         raise ValueError(f"trace {trace.id}: its reasoning does not stand in its text")
@@ -56,8 +56,9 @@ def whole(
     sampler = sampler or Sampler()
     parsed = reasoning.parse(raw, finished=finish != "length")
     decided = reasoning.decision(parsed.reasoning)
+    drawn = [sampler.seed, (meta or {}).get("i"), finish, list(parents)]
     return Trace(
-        id=content_id("continued", prompt.id, model, sampler.seed, raw, finish, list(parents)),
+        id=content_id("continued", prompt.id, model, raw, *drawn),
         parent_ids=tuple(dict.fromkeys((*parents, prompt.id))),
         meta=meta or {},
         prompt_id=prompt.id,
@@ -83,14 +84,18 @@ def of_sample(
     prefix: str,
     sample: Sample,
     sampler: Sampler,
+    i: int,
     *,
     model: str,
     origin: Any,
     parents: tuple[str, ...] = (),
     count: CountTokens = words,
 ) -> Trace:
-    """The trace of a sampled continuation; `meta` keeps its token ids and the prefix's length."""
-    meta: dict[str, Any] = {"prefix_chars": len(prefix)}
+    """The trace of the i-th continuation of a prefix that was drawn with the sampler.
+
+    `meta` keeps its token ids, without the prefix's, and how long the prefix is.
+    """
+    meta: dict[str, Any] = {"i": i, "prefix_chars": len(prefix)}
     if sample.ids is not None:
         meta["ids"] = list(sample.ids)
     if sample.forced:

@@ -32,6 +32,8 @@ def form_version() -> str:
 def by_form(traces: Sequence[Trace], prompts: Sequence[Prompt]) -> list[Judgment]:
     """One judgment a trace: does the answer refuse, by the ensemble of rules and classifier."""
     rows = [(p.text, t.parsed.answer) for t, p in zip(traces, prompts, strict=True)]
+    unique = list(dict.fromkeys(rows))  # what a small model says, it says often
+    said = dict(zip(unique, refusal_classifier.classify_all(unique), strict=True))
     version = form_version()
     return [
         Judgment(
@@ -41,17 +43,17 @@ def by_form(traces: Sequence[Trace], prompts: Sequence[Prompt]) -> list[Judgment
             judge="refusal",
             judge_version=version,
             target="answer",
-            score=verdict.p_refusal,
-            refusal=verdict.label,
+            score=said[row].p_refusal,
+            refusal=said[row].label,
         )
-        for trace, verdict in zip(traces, refusal_classifier.classify_all(rows), strict=True)
+        for trace, row in zip(traces, rows, strict=True)
     ]
 
 
 def by_guard(
     guard: Guard, traces: Sequence[Trace], prompts: Sequence[Prompt], bases: Sequence[str]
 ) -> list[Judgment]:
-    """Judgments on answers and reasonings to harmful prompts, asked once more with the bare request.
+    """Judgments on answers and reasonings to harmful prompts, also with the bare request.
 
     An answer that is not there is invalid; reasoning that is not there is not judged.
     """

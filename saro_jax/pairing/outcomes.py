@@ -46,8 +46,13 @@ class Outcome:
 
     @property
     def complete(self) -> bool:
-        """One closed block of reasoning, an answer, an end: only such a trace can be preferred."""
-        return self.trace.parsed.status == "ok" and self.trace.finish != "length"
+        """One closed block of reasoning, an answer, an end: only such a trace can be preferred.
+
+        The block may be empty where the rollout was made to begin with an empty one.
+        """
+        status = self.trace.parsed.status
+        forced = status == "empty_think" and "prefix_chars" in self.trace.meta
+        return (status == "ok" or forced) and self.trace.finish != "length"
 
     def safe(self, limits: Limits) -> bool:
         """The answer is safe beyond doubt."""

@@ -58,7 +58,8 @@ class Rollouts:
         traces, prompts, keys = [], [], []
         for key, ask in unique.items():
             for i, sample in enumerate(samples[key]):
-                sampler = self._sampler(ask).model_copy(update={"seed": self._seed(ask) + i})
+                if sample.finish == "filter":  # the server kept it back
+                    continue
                 text = sample.text
                 if ask.messages is not None:  # a repair begins where the prefix ends
                     text = text.lstrip()
@@ -67,7 +68,8 @@ class Rollouts:
                         ask.prompt,
                         ask.prefix,
                         dataclasses.replace(sample, text=text),
-                        sampler,
+                        self._sampler(ask),
+                        i,
                         model=self.generator.name,
                         origin=ask.origin,
                         parents=ask.parents,
@@ -106,11 +108,19 @@ class Rollouts:
             )
             for ask in todo
         )
+        short: dict[str, list[Sample]] = {}
         if todo:
             for request, samples in self.generator.generate(requests):
-                self.journal.append(request.id, [dataclasses.asdict(one) for one in samples])
+                if len(samples) < request.n:  # failed for good this time: the next run asks again
+                    short[request.id] = samples
+                else:
+                    self.journal.append(request.id, [dataclasses.asdict(one) for one in samples])
                 self.tell(1)
-        return {key: [_sample(one) for one in self.journal.values.get(key, [])] for key in asks}
+        kept = self.journal.values
+        return {
+            key: [_sample(one) for one in kept[key]] if key in kept else short.get(key, [])
+            for key in asks
+        }
 
     def _sampler(self, ask: Ask) -> Sampler:
         return self.sampler.model_copy(update={"seed": self._seed(ask)})
@@ -120,9 +130,10 @@ class Rollouts:
 
 
 def _sample(value: Mapping[str, Any]) -> Sample:
-    known = {field.name for field in dataclasses.fields(Sample)}
-    fields = {name: one for name, one in value.items() if name in known}
-    return Sample(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    fields: dict[str, Any] = dict(value)
+    for name in ("ids", "logprobs"):
+        fields[name] = None if fields[name] is None else tuple(fields[name])
+    return Sample(**fields)
 
 
 def share_good(outcomes: Sequence[Outcome], limits: Limits) -> tuple[int, int]:

@@ -19,7 +19,10 @@ TRIED = 2  # continuations with a reflection whose value is measured, the shorte
 
 @dataclass(frozen=True)
 class Task:
-    """A prefix that a reflection is wanted for; `number` picks its style and its stem in turn."""
+    """A prefix of `step` steps, the last of which a reflection is to take back.
+
+    `number` picks the reflection's style and its stem, in turn.
+    """
 
     outcome: Outcome
     prefix: str
@@ -51,15 +54,19 @@ def step_values(
 
 
 def site_of(one: Outcome, valued: Sequence[StepValue], worth: Worth) -> Site | None:
-    """Where a trace goes wrong: where its values fall, else where its words lean the wrong way."""
+    """Where a trace goes wrong: where its values fall, else where its words lean the wrong way.
+
+    A reflection needs a thought to take back: what goes wrong in the first step is cut after it.
+    None where nothing goes wrong, or where there is no step to come.
+    """
     shares = [v.n_good / v.n_roll if v.n_roll else 0.0 for v in valued]
     step = values.first_risky(shares, worth.low, worth.drop)
-    if step is not None:
-        return Site(one, step, "values", shares[step + 1])
-    step = risky_by_words(one)
-    if step is None:
+    found_by = "values" if step is not None else "words"
+    step = risky_by_words(one) if step is None else step
+    if step is None or len(shares) < 3:
         return None
-    return Site(one, step, "words", shares[step + 1] if valued[step + 1].n_roll else None)
+    step = max(1, step)
+    return Site(one, step, found_by, shares[step + 1] if valued[step + 1].n_roll else None)
 
 
 def mended(
@@ -160,13 +167,13 @@ def _search(task: Task, cue: str, rollouts: Rollouts, policy: Policy, n: int) ->
 def _slots(task: Task, rollouts: Rollouts, policy: Policy) -> dict[str, str]:
     prompt = task.outcome.prompt
     base = rollouts.bases.get(prompt.id, prompt.text)
-    return reflections.slots(prompt, base, policy, max(task.step, 0), task.number)
+    return reflections.slots(prompt, base, policy, max(task.step - 1, 0), task.number)
 
 
 def _repair(task: Task, policy: Policy, rollouts: Rollouts, n: int) -> Ask:
-    """T3 for harmful prompts, T4 for others; the model is told the steps through the wrong one."""
+    """T3 for harmful prompts, T4 for others; the last step of the prefix is the one to correct."""
     prompt = task.outcome.prompt
-    steps = [one.text.strip() for one in task.outcome.trace.steps[: task.step + 1]]
+    steps = [one.text.strip() for one in task.outcome.trace.steps[: task.step]]
     marked = task.style == "marked"
     slots = {
         "policy": policies.render(policy, [c for c in prompt.categories if c in policy.categories]),
@@ -177,13 +184,12 @@ def _repair(task: Task, policy: Policy, rollouts: Rollouts, n: int) -> Ask:
         else "Do not open that step with a word such as Wait or Hold on.",
     }
     if prompt.kind in RISKY_KINDS:
-        more = {"risky_step": str(task.step + 1), "modes": "refuse, safe_complete"}
+        more = {"risky_step": str(task.step), "modes": "refuse, safe_complete"}
         told = template.render("t3_reflect_rewrite", slots | more)
     else:
-        more = {"last_step": str(task.step + 1), "mode": "comply"}
+        more = {"last_step": str(task.step), "mode": "comply"}
         told = template.render("t4_reflect_benign", _only("t4_reflect_benign", slots | more))
     parents = (task.outcome.trace.id,)
-    # It continues after the wrong step, but the pair continues before it.
     return Ask(prompt, task.prefix, n, "repair", parents, tuple(told))
 
 
