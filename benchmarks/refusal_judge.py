@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from saro_jax.data.rows import QUICKSTART
+from saro_jax.data.sources import QUICKSTART
 from saro_jax.judging.agreement import accuracy, confusion, kappa, precision, recall
 from saro_jax.text import refusal_classifier as classifier
 from saro_jax.text.refusal import refuses

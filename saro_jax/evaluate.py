@@ -29,7 +29,7 @@ import numpy as np
 
 from saro_jax import config as configuration
 from saro_jax.config import Flag
-from saro_jax.data.rows import QUICKSTART
+from saro_jax.data.sources import QUICKSTART
 from saro_jax.generation.engine import Completion, generate
 from saro_jax.models import hub, huggingface
 from saro_jax.models.architecture import Architecture

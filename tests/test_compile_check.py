@@ -51,7 +51,7 @@ def test_a_step_is_one_program_or_several(folder):
     assert resident == [("score", 2), ("accumulate", 2), ("update", 1)]
     assert names("score", folder) == [("score", 1)]
     sizes = {"batch": 2, "prompt": 64, "new": 32}
-    assert names("sample", folder, sizes=sizes) == [("generate", 1)]
+    assert names("sample", folder, sizes=sizes) == [("prefill", 1), ("decode", 1)]
 
 
 def test_blocks_come_from_the_recipe(folder):
@@ -175,7 +175,7 @@ def test_the_compiler_says_how_much_is_missing(message, needed, allowed):
 )
 def test_errors_are_one_line(arguments, words, capsys):
     if not LIBTPU and "v5e" in str(arguments):
-        words = "pip install 'saro_jax[tpu]'"
+        words = "pip install -e '.[tpu]'"
     assert compile_check.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and words in error and error.count("\n") == 1

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from saro_jax.data import rows
+from saro_jax.data import rows, sources
 from saro_jax.data.rows import Reject, StageKind, check_share, read, write_rejects
 from saro_jax.records import write_lines
 from saro_jax.text.chat import Message
@@ -304,7 +304,7 @@ def test_unreadable_sources_are_told_in_one_line(tmp_path, monkeypatch):
 
 
 def test_packaged_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "QUICKSTART", tmp_path)
+    monkeypatch.setattr(sources, "QUICKSTART", tmp_path)
     write(tmp_path / "ritd.jsonl", {"prompt": "a", "completion": "b"})
     assert len(read("quickstart:ritd", "sft")[0]) == 1
     with pytest.raises(ValueError, match="did you mean 'ritd'"):

@@ -60,6 +60,27 @@ def logits(arch, params, tokens, where) -> np.ndarray:
     return np.asarray(decoder.logits(arch, params, hidden))
 
 
+def test_states_of_every_layer_equal_transformers(model):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    folder, arch, params, ids = model
+    reference = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    at = np.cumsum([0, *LENGTHS[:-1]])[:, None] + [[0, 5, n - 1] for n in LENGTHS]
+    tokens, where = packed(ids, 64)
+    got = decoder.states(arch, params, tokens, where, jnp.asarray(at.reshape(1, -1)))
+    assert got.shape == (arch.num_layers + 1, 1, 9, arch.hidden_size)
+    for i, sequence in enumerate(ids):
+        with torch.no_grad():
+            out = reference(
+                torch.tensor(sequence[None].astype(np.int64)), output_hidden_states=True
+            )
+        want = torch.stack(out.hidden_states)[:, 0, [0, 5, len(sequence) - 1]].numpy()
+        np.testing.assert_allclose(got[:, 0, 3 * i : 3 * i + 3], want, rtol=0, atol=1e-4)
+
+
 def test_logits_equal_transformers_packed_and_padded(model):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM

@@ -289,7 +289,7 @@ def test_sharded_equals_one_device():
 @pytest.mark.slow
 def test_compiles_for_tpus():
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("needs libtpu: pip install 'saro_jax[tpu]'")
+        pytest.skip("needs libtpu: pip install -e '.[tpu]'")
     script = Path(__file__).parents[1] / "benchmarks" / "flash_tpu.py"
     ran = child(str(script), "--quick")
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-3000:]

@@ -78,7 +78,7 @@ def test_without_libtpu_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name)
     )
-    with pytest.raises(ValueError, match=re.escape("pip install 'saro_jax[tpu]'")):
+    with pytest.raises(ValueError, match=re.escape("pip install -e '.[tpu]'")):
         topologies.devices(topologies.find("v5e-4"))
 
 

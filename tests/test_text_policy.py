@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from saro_jax.data.rows import QUICKSTART
+from saro_jax.data.sources import QUICKSTART
 from saro_jax.records import MODES
 from saro_jax.text import policy as policies
 from saro_jax.text.policy import definitions, from_code, from_label, load, policy_path, render

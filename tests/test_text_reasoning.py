@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saro_jax.data.rows import QUICKSTART
+from saro_jax.data.sources import QUICKSTART
 from saro_jax.text.reasoning import (
     CLOSE,
     MAX_STEPS,

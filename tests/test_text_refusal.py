@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from saro_jax.data.rows import QUICKSTART
+from saro_jax.data.sources import QUICKSTART
 from saro_jax.text.reasoning import decision, parse
 from saro_jax.text.refusal import refuses
 

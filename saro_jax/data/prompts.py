@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from saro_jax.data import decontamination
-from saro_jax.data.rows import raw_records
+from saro_jax.data.sources import raw_records
 from saro_jax.records import KINDS, Attack, Input, Prompt, Reject, prompt_id, sha256, to_json
 from saro_jax.text import reasoning, wrappers
 from saro_jax.text.policy import NO_CATEGORY, Policy, from_label

@@ -276,7 +276,36 @@ def forward(
     (`attention.attend`). reduce_dtype: in which devices sum the gradients of the layers' float32
     matrices. Padding (segment 0) yields finite, meaningless states.
     """
+    options = (dtype, remat, adapters, attention, reduce_dtype)
+    return _run(arch, params, tokens_BT, where, *options, lambda x_BTD: None)[0]
 
+
+def states(
+    arch: Architecture,
+    params: Params,
+    tokens_BT: jax.Array,
+    where: Tokens,
+    at_BP: jax.Array,
+    *,
+    dtype: Any = F32,
+    attention: Kernel = "auto",
+) -> jax.Array:
+    """Hidden states of every layer at some positions of packed rows, [L + 1, B, P, D] in `dtype`.
+
+    at_BP: indices in the row. As transformers' `output_hidden_states` has them: the embedding, what
+    each layer but the last puts out, and the last after the final norm.
+    """
+
+    def keep(x_BTD):
+        return jnp.take_along_axis(x_BTD, at_BP[..., None], axis=1)
+
+    options = (dtype, "none", None, attention, F32)
+    hidden_BTD, kept_LBPD = _run(arch, params, tokens_BT, where, *options, keep)
+    return jnp.concatenate([kept_LBPD, keep(hidden_BTD)[None]])
+
+
+def _run(arch, params, tokens_BT, where, dtype, remat, adapters, attention, reduce_dtype, keep):
+    """Hidden states after the final norm, and what `keep` takes of each layer's input, stacked."""
     model, x_BTD, windows, variants, rope_of = _enter(
         arch, params, tokens_BT, where.position, dtype
     )
@@ -292,13 +321,13 @@ def forward(
             return attend(q, k, v, where, window, scale, cap, kernel=attention), None
 
         joined = {} if adapters is None else adapters.of_layer(*low)
-        return layer(x_BTD, arch, rope_of(variant), mix, joined)
+        return layer(x_BTD, arch, rope_of(variant), mix, joined)[0], keep(x_BTD)
 
     scanned = (model.layers, windows, variants)
     if adapters is not None:
         scanned += (adapters.layers(), jnp.arange(arch.num_layers))
-    x_BTD, _ = lax.scan(recompute(body, remat), x_BTD, scanned)
-    return model.norm(x_BTD, arch)
+    x_BTD, kept = lax.scan(recompute(body, remat), x_BTD, scanned)
+    return model.norm(x_BTD, arch), kept
 
 
 def logits(

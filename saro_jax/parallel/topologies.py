@@ -206,7 +206,7 @@ def devices(topology: Topology) -> list[Any]:
     import os
 
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("compiling for a TPU needs libtpu: pip install 'saro_jax[tpu]'")
+        raise ValueError("compiling for a TPU needs libtpu: pip install -e '.[tpu]'")
     if jax.default_backend() != "tpu":
         # Nothing runs, so that several processes may load the library; and it need not ask for
         # the machine's accelerator, whatever valid name it is told.
