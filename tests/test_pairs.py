@@ -208,7 +208,7 @@ CHANGES: dict[str, Any] = {
     "per_prompt": 1,
     "floor": 30,
     "balance": 3.0,
-    "balance_floor": 0.0,
+    "balance_floor": 1.0,
     "walks": 2,
     "rollouts": 3,
     "search": 2,
