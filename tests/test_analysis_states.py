@@ -29,7 +29,8 @@ def test_states_are_those_of_each_text_alone():
         ids = np.zeros((1, 64), np.int32)
         ids[0, :n] = text.ids
         segment = (np.arange(64) < n).astype(np.int32)[None]
-        where = Tokens(segment, np.zeros_like(segment), np.arange(64, dtype=np.int32)[None])
+        position = np.arange(64, dtype=np.int32)[None]
+        where = Tokens(*map(jnp.asarray, (segment, np.zeros_like(segment), position)))
         at = jnp.asarray([text.at])
         want = decoder.states(tiny.ARCH, params, jnp.asarray(ids), where, at)[:, 0]
         np.testing.assert_allclose(got, want, atol=1e-5)
@@ -44,7 +45,7 @@ def test_a_text_that_is_too_long_is_refused():
 def test_positions_are_the_ends_of_prompt_and_steps():
     tokenizer = tiny.tokenizer()
     marked = states.step_ends(tokenizer, "open it", RESPONSE, STEPS)
-    ends = [tokenizer.decode(marked.ids[: at + 1]) for at in marked.at]
+    ends = [str(tokenizer.decode(marked.ids[: at + 1])) for at in marked.at]
     assert ends[0].endswith("<|im_start|>assistant\n")
     assert ends[1].rstrip().endswith("wants a lock.")
     assert ends[2].endswith("That is fine.")

@@ -93,7 +93,7 @@ def compare(
     model: str,
     states_NLD: np.ndarray,
     groups: Mapping[str, np.ndarray],
-    bases: Sequence[str],
+    bases: list[str],
     tokens_N: np.ndarray,
     *,
     layers: Sequence[int],

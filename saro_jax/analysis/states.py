@@ -91,7 +91,7 @@ def read(
             start += lengths[i]
         at_1P = np.zeros((1, round_up(len(places), FEWEST)), np.int32)
         at_1P[0, : len(places)] = places
-        where = Tokens(segment, np.zeros_like(segment), position)
+        where = Tokens(*map(jnp.asarray, (segment, np.zeros_like(segment), position)))
         states = np.asarray(_read(arch, params, tokens, where, at_1P, dtype=jnp.dtype(dtype)))
         first = 0
         for i in members:
