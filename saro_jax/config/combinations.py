@@ -144,6 +144,27 @@ def _check_server(server: ServerConfig) -> None:
         )
 
 
+def _check_teacher(synthesize: SynthesizeConfig) -> None:
+    teacher, default = synthesize.teacher, type(synthesize).model_fields
+    needs = {"api": ("teacher_url", "teacher_model"), "local": ("teacher_model",)}
+    for key in needs.get(teacher, ()):
+        if getattr(synthesize, key) is None:
+            raise ValueError(f"synthesize.teacher={teacher} needs synthesize.{key}")
+    if teacher == "self" and synthesize.teacher_url and not synthesize.teacher_model:
+        raise ValueError("synthesize.teacher_url needs synthesize.teacher_model")
+    unread = {
+        "template": ("teacher_model", "teacher_url", "steer", "min_flip_rate", "flip_prompts"),
+        "api": ("min_flip_rate", "flip_prompts"),
+        "local": ("teacher_url", "min_flip_rate", "flip_prompts"),
+    }
+    for key in unread.get(teacher, ()):
+        value = getattr(synthesize, key)
+        if value != default[key].default:
+            raise ValueError(
+                f"synthesize.{key}={value} has no meaning with synthesize.teacher={teacher}"
+            )
+
+
 def _check_synthesize(synthesize: SynthesizeConfig) -> None:
     """Shares that are shares, limits that leave something, settings that are read."""
     shares = synthesize.mix.split(":")
@@ -154,6 +175,7 @@ def _check_synthesize(synthesize: SynthesizeConfig) -> None:
             "jailbreak : benign : borderline)"
         )
     default = type(synthesize).model_fields
+    _check_teacher(synthesize)
     if synthesize.size is None and synthesize.mix != default["mix"].default:
         raise ValueError(
             f"synthesize.mix={synthesize.mix} has no meaning with synthesize.size=null, which "

@@ -390,6 +390,39 @@ class SynthesizeConfig(Section):
     policy: str = Field(
         default="saro", description="the safety policy: a YAML file, or a packaged one's name"
     )
+    teacher: Literal["template", "api", "local", "self"] = Field(
+        default="template",
+        description="what answers: template = stems, without a model; api = a model behind "
+        "synthesize.teacher_url; local = another model, run here; self = the model that is to be "
+        "trained, with the policy in context, run here or behind synthesize.teacher_url",
+    )
+    teacher_model: str | None = Field(
+        default=None,
+        description="the model: its name at the server, or Hub id, folder, .gguf file or "
+        "'quickstart'; null = model.path, for self only",
+    )
+    teacher_url: str | None = Field(
+        default=None,
+        description="an OpenAI-compatible server, with its /v1; section server says how it is "
+        "asked; changes no result",
+    )
+    steer: str | None = Field(
+        default=None,
+        description="a line before harmful prompts and jailbreaks that tips the teacher to caution",
+    )
+    min_flip_rate: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share (0 to 1) of its unsafe answers that the policy in context must turn for "
+        "the self teacher; below it the run ends; 0 = any",
+    )
+    flip_prompts: int = Field(
+        default=32,
+        ge=1,
+        description="harmful prompts and jailbreaks at most on which that share is measured, held "
+        "out ones first",
+    )
     render: Literal["relevant", "whole"] = Field(
         default="relevant",
         description="what of the policy the teacher is told: rules of the prompt's categories, or "
@@ -405,7 +438,10 @@ class SynthesizeConfig(Section):
         default=3, ge=0, description="times that answers which do not parse are asked for again"
     )
     concurrency: int = Field(
-        default=8, ge=1, description="prompts at the teacher at a time; does not change the result"
+        default=8,
+        ge=1,
+        description="sequences that a teacher run here decodes at a time, and calls of one given "
+        "from Python; does not change the result",
     )
     tokenizer: str | None = Field(
         default=None,
