@@ -6,6 +6,7 @@ from saro_jax.config.recipe import digest, dump, load, recipe_path
 from saro_jax.config.tree import (
     STAGES,
     TRAINING,
+    AnalyseConfig,
     Config,
     DataConfig,
     LoRAConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "PROJECTIONS",
     "STAGES",
     "TRAINING",
+    "AnalyseConfig",
     "Config",
     "DataConfig",
     "Flag",

@@ -691,6 +691,33 @@ class PairsConfig(Section):
     max_new_tokens: int = Field(default=512, ge=1, description="tokens of a continuation at most")
 
 
+class AnalyseConfig(Section):
+    """What goes on inside models: hidden states, likelihoods, attacks, tampered reflections."""
+
+    per_group: int = Field(
+        default=80, ge=10, description="prompts of a group at most, drawn by the seed"
+    )
+    jailbreaks: float = Field(
+        default=1.0,
+        ge=0,
+        description="disguised prompts made per harmful prompt, held-out wrappers",
+    )
+    wrapped: float = Field(
+        default=1.0, ge=0, description="the same per benign or borderline prompt: the group wrapped"
+    )
+    layer_step: int = Field(default=1, ge=1, description="every so many layers are compared")
+    row_length: int = Field(
+        default=1024, ge=64, description="tokens of a packed row; no text is longer"
+    )
+    permutations: int = Field(
+        default=200, ge=1, description="of the labels, for the p-value of a discrepancy"
+    )
+    tsne_seeds: int = Field(default=3, ge=0, description="pictures by t-SNE; 0 = none")
+    steps: int = Field(
+        default=6, ge=0, description="reasoning steps after which the probe reads, the first ones"
+    )
+
+
 class MeshConfig(Section):
     """How the devices are laid out; the axes' product is their number."""
 
@@ -743,6 +770,9 @@ class Config(Section):
     pairs: PairsConfig = Field(
         default_factory=PairsConfig,
         description="OP-COT and PP-COT out of judged rollouts; only pairs reads it",
+    )
+    analyse: AnalyseConfig = Field(
+        default_factory=AnalyseConfig, description="analyses of models; only analyse reads it"
     )
     mesh: MeshConfig = Field(default_factory=MeshConfig, description="how the devices are laid out")
     seed: int = Field(
