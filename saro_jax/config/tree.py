@@ -423,6 +423,28 @@ class SynthesizeConfig(Section):
         description="harmful prompts and jailbreaks at most on which that share is measured, held "
         "out ones first",
     )
+    label: bool = Field(
+        default=False,
+        description="the teacher labels prompts that have no category and are not benign (T5)",
+    )
+    guard: str | None = Field(
+        default=None,
+        description="guard that judges answers and reasoning: NAME=MODEL or NAME=MODEL@URL, as "
+        "judge has them; null = none does",
+    )
+    score: bool = Field(
+        default=False, description="the teacher scores answers, which need 8 of 10 each time (T6)"
+    )
+    repair: bool = Field(
+        default=False,
+        description="the teacher goes on from the first unsafe step of reasoning that the guard "
+        "drops (T3)",
+    )
+    compress: bool = Field(
+        default=False,
+        description="the teacher shortens the reasoning of each prompt's best answer, which then "
+        "competes (T8)",
+    )
     render: Literal["relevant", "whole"] = Field(
         default="relevant",
         description="what of the policy the teacher is told: rules of the prompt's categories, or "
