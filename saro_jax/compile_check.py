@@ -18,68 +18,23 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saro_jax import config as configuration
 from saro_jax.config import Config, Flag
-from saro_jax.data import packing, pipeline
-from saro_jax.generation import engine
-from saro_jax.models import decoder, flash, hub, huggingface
-from saro_jax.models.architecture import Architecture, from_hf
-from saro_jax.objectives.preference import SEGMENTS
-from saro_jax.parallel import hlo, hlo_walk, schedule, sharding
-from saro_jax.parallel import mesh as meshes
+from saro_jax.models import flash, hub
+from saro_jax.parallel import hlo, hlo_walk, schedule
 from saro_jax.parallel import topologies as tpu
 from saro_jax.parallel.topologies import GIB, Topology
-from saro_jax.training import optimizer, scoring, step, trainable
+from saro_jax.training.abstract import Program, Setup, prepare
+from saro_jax.training.flops import executed_products
 
 STAGES = ("rw", "srpo", "score", "sample")
 REMAT = ("full", "attention", "dots", "none")
-
-
-class Work(NamedTuple):
-    """What one packed row holds, and what its attention has to do."""
-
-    tokens: float  # computed, each once
-    sequence_tokens: float  # of every sequence, a shared prefix counted in each
-    area: float  # (query, key) pairs that see each other
-
-
-@dataclass(frozen=True)
-class Program:
-    """One jitted program, its abstract arguments, and how often a step runs it."""
-
-    name: str
-    jitted: Any
-    arguments: tuple[Any, ...]
-    keywords: Mapping[str, Any]
-    times: int
-    loops: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Everything of one check but the compiling."""
-
-    config: Config
-    stage: str
-    arch: Architecture
-    topology: Topology
-    mesh: Mesh
-    programs: tuple[Program, ...]
-    parts: Mapping[str, float]  # bytes of a device: parameters, optimizer, gradients, cache
-    work: Work  # of all rows of a step, on all devices
-    model_flops: float  # of a step, on all devices
-    rows: str  # in words
-    area: float  # of one row, for the attention kernels
-    row_length: int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,344 +91,6 @@ def _config(recipe: str, overrides: Sequence[str], stage: str) -> Config:
         model = config.model.model_copy(update={"path": path, "revision": None})
         config = config.model_copy(update={"model": model})
     return config
-
-
-# ---- what is compiled ----------------------------------------------------------------------------
-
-
-def architecture(config: Config) -> Architecture:
-    """The architecture of `model.path`: a folder's, a packaged shape's, or the Hub's."""
-    path = config.model.path or hub.QUICKSTART
-    if Path(path).is_dir():
-        return huggingface.load_architecture(path)
-    wanted = hub.QUICKSTART_HUB_ID if path == hub.QUICKSTART else path
-    name = wanted.rpartition("/")[2].lower().removeprefix("meta-")
-    folder = configuration.recipe_path("quickstart").parent / "models"
-    for file in sorted(folder.glob("*.json"), reverse=True):
-        if name == file.stem or name.startswith(f"{file.stem}-"):
-            return from_hf(json.loads(file.read_text()), str(file))
-    return huggingface.load_architecture(hub.resolve(path, config.model.revision))
-
-
-def _work(row_length: int, longest: int, stage: str, layout: str) -> Work:
-    """A row full of sequences of `longest` tokens, or of pairs (see the head of this file)."""
-    if stage in ("rw", "sample"):
-        whole, rest = divmod(row_length, longest)
-        area = whole * longest * (longest + 1) / 2 + rest * (rest + 1) / 2
-        return Work(row_length, row_length, area)
-    prefix = longest // 2
-    branch = longest - prefix
-    own = branch * (branch + 1) / 2 + branch * prefix
-    before = prefix * (prefix + 1) / 2
-    copies = 1 if layout == "shared" else 2
-    length, area = copies * prefix + 2 * branch, copies * before + 2 * own
-    share = row_length / length  # of pairs, also where no whole one fits
-    return Work(row_length, round(2 * longest * share), area * share)
-
-
-def _placed(mesh: Mesh, tree: Any, places: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        tree,
-        places,
-    )
-
-
-def _params(mesh: Mesh, tree: Any) -> Any:
-    return _placed(mesh, tree, sharding.shardings(mesh, tree))
-
-
-def _device_bytes(tree: Any) -> float:
-    """Bytes of a placed tree on one device."""
-    return float(
-        sum(
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves(tree)
-            if leaf.sharding.memory_kind != sharding.HOST
-        )
-    )
-
-
-def abstract_rows(mesh: Mesh, rows: int, length: int, slots: int) -> packing.Rows:
-    """A block of packed rows without data, placed as `scoring.put` places it."""
-    place = sharding.rows(mesh)
-
-    def of(width: int, dtype: Any):
-        return jax.ShapeDtypeStruct((rows, width), dtype, sharding=place)
-
-    wide = {"weight": jnp.float32, "noise": jnp.float32, "label": jnp.float32, "item": jnp.int32}
-    return packing.Rows(
-        *(
-            of(slots, wide[name])
-            if name in wide
-            else of(length, jnp.bool_ if name == "valid" else jnp.int32)
-            for name in packing.Rows._fields
-        )
-    )
-
-
-def prepare(
-    config: Config,
-    stage: str,
-    topology: Topology,
-    devices: Sequence[Any],
-    blocks: int | None = None,
-    sizes: Mapping[str, int] | None = None,
-) -> Setup:
-    """The programs of a stage on abstract arrays; a ValueError where the config cannot run."""
-    arch = architecture(config)
-    mesh = meshes.make_mesh(**config.mesh.model_dump(), devices=devices)
-    decoder.check_mesh(arch, mesh)
-    if stage == "sample":
-        return _sample(
-            config, arch, topology, mesh, sizes or {"batch": 64, "prompt": 1024, "new": 512}
-        )
-    kind = "sft" if stage == "rw" else "unpaired" if config.srpo.loss == "kto" else "preference"
-    length = pipeline.row_length(config.data, kind, mesh.shape["sequence"])
-    shards, rows = meshes.row_shards(mesh), config.train.micro_rows
-    if rows % shards:
-        raise ValueError(
-            f"train.micro_rows={rows}: must be a multiple of the {shards} shards that the mesh of "
-            f"{topology.name} cuts rows into (mesh.data x mesh.fsdp)"
-        )
-    decoder.check_length(arch, config.data.max_length)
-    layout = config.srpo.layout if stage != "rw" else "shared"
-    one = _work(length, config.data.max_length, "rw" if kind != "preference" else stage, layout)
-    if stage == "score":
-        count, programs, parts = 1, *_score(config, arch, mesh, length)
-    else:
-        count = blocks or _blocks(config, stage, length, one)
-        programs, parts = _train(config, stage, arch, mesh, length, count)
-    computed = count * rows
-    work = Work(*(value * computed for value in one))
-    return Setup(
-        config,
-        stage,
-        arch,
-        topology,
-        mesh,
-        programs,
-        parts,
-        work,
-        model_flops(arch, config, work, train=stage != "score"),
-        f"{count} block{'s' * (count > 1)} of {rows} rows of {length} tokens "
-        f"({rows * length // shards} a device)",
-        one.area,
-        length,
-    )
-
-
-def _blocks(config: Config, stage: str, length: int, one: Work) -> int:
-    """Blocks that a step's rows fill where every sequence has data.max_length tokens."""
-    own = config.data.max_length if stage == "rw" else config.data.max_length * 1.5
-    return max(1, math.ceil(config.train.batch_rows * own / (length * config.train.micro_rows)))
-
-
-def _scalar(mesh: Mesh, dtype: Any, shape: tuple[int, ...] = ()) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-
-
-def _train(config: Config, stage: str, arch, mesh: Mesh, length: int, blocks: int):
-    """Programs of a training step, and the bytes that it holds on a device."""
-    rows_of, slots = config.train.micro_rows, packing.slots(length)
-    trained, frozen = trainable.abstract(arch, config)
-    trained = _params(mesh, trained)
-    # Names of the full tree, for the table of rules to know the place of a leaf.
-    frozen = _params(mesh, frozen)
-    transform = optimizer.make(config.optimizer, 1000, config.lora)
-    moments = _params(mesh, jax.eval_shape(transform.init, trained))
-    if config.optimizer.offload:
-        places = jax.tree.map(lambda leaf: leaf.sharding, moments)
-        moments = _placed(mesh, moments, sharding.on_host(places, moments))
-    resident = stage == "srpo" and config.srpo.reference == "resident"
-    count: Any = _scalar(mesh, jnp.int32)
-    state = step.State(count, trained, moments, trained if resident else ())
-    gradients = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), trained
-    )
-    rows = abstract_rows(mesh, rows_of, length, slots)
-    place = sharding.rows(mesh)
-    unpaired = stage == "srpo" and config.srpo.loss == "kto"
-    branches = 1 if unpaired else 2
-    arrays: tuple[Any, ...] = (
-        jax.ShapeDtypeStruct((rows_of, slots, branches, SEGMENTS), jnp.float32, sharding=place),
-        jax.ShapeDtypeStruct((rows_of, slots), jnp.int32, sharding=place),
-        _scalar(mesh, jnp.float32),
-    )
-    given = step.Given(*arrays)
-    total, draw = _scalar(mesh, jnp.float32), _scalar(mesh, jnp.int32, (2,))
-    made = step.programs(arch, config, stage, transform, 0)
-    found = []
-    if resident:
-        score = _holding(made.score)
-        beside = (state, gradients) if blocks > 1 else (state,)
-        found.append(Program("score", score, (trained, frozen, rows, beside), {}, blocks, {}))
-    if blocks == 1:
-        arguments = (state, rows, given, total, frozen, draw)
-        found.append(Program("whole", made.whole, arguments, {}, 1, {}))
-    else:
-        # The moments lie beside it: handed over unread, so that the compiler counts them.
-        accumulate = _holding(made.accumulate, donate=1)
-        arguments = (
-            trained,
-            gradients,
-            rows,
-            given,
-            total,
-            frozen,
-            draw,
-            (moments, state.reference),
-        )
-        found.append(Program("accumulate", accumulate, arguments, {}, blocks, {}))
-        update = _holding(made.update, donate=0)
-        found.append(Program("update", update, (state, gradients, frozen), {}, 1, {}))
-    parts = {
-        "parameters": _device_bytes((trained, frozen, state.reference)),
-        "optimizer": _device_bytes(moments),
-        "gradients": _device_bytes(gradients),
-    }
-    return tuple(found), parts
-
-
-def _holding(run, donate: int | None = None):
-    """`run` with one argument more, which lies in memory and is not read."""
-
-    def held(*arguments):
-        return run(*arguments[:-1])
-
-    held.__name__ = getattr(run, "__name__", "held")
-    return jax.jit(held, donate_argnums=() if donate is None else donate, keep_unused=True)
-
-
-def _score(config: Config, arch, mesh: Mesh, length: int):
-    """The program of `score` and of the reference log-probs."""
-    dtype = jnp.dtype(config.model.dtype)
-    params = _params(mesh, decoder.abstract_params(arch, dtype))
-    rows = abstract_rows(mesh, config.train.micro_rows, length, packing.slots(length))
-    branches = 1 if config.srpo.loss == "kto" else 2
-    run = scoring.score_program(
-        arch, dtype=dtype, remat="none", branches=branches, attention=config.model.attention
-    )
-    program = Program("score", run, (params, rows), {}, 1, {})
-    return (program,), {"parameters": _device_bytes(params)}
-
-
-def _sample(
-    config: Config, arch, topology: Topology, mesh: Mesh, sizes: Mapping[str, int]
-) -> Setup:
-    """The program of generation, with its parameters laid out over the mesh."""
-    batch, prompt, new = sizes["batch"], sizes["prompt"], sizes["new"]
-    if prompt + new > arch.max_position_embeddings:
-        raise ValueError(
-            f"--prompt={prompt} and --new={new} exceed the model's "
-            f"{arch.max_position_embeddings} positions"
-        )
-    dtype = jnp.dtype(config.model.dtype)
-    params = _params(mesh, decoder.abstract_params(arch, dtype))
-    slots = engine.cache_slots(prompt + new)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    arguments = (
-        arch,
-        engine.Weights(params, params),
-        _scalar(mesh, jnp.int32, (batch, slots)),
-        _scalar(mesh, jnp.int32, (batch,)),
-        _scalar(mesh, jnp.int32, (batch,)),
-        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec())),
-        _scalar(mesh, jnp.bool_, (arch.vocab_size,)),
-    )
-    keywords = {
-        "sampling": engine.Sampling(1.0, 1.0, 0),
-        "new": new,
-        "slots": slots,
-        "dtype": dtype,
-    }
-    loops = {"prefill/while": math.ceil(prompt / engine.CHUNK), "while": new - 1}
-    cache = (
-        2.0 * arch.num_layers * batch * arch.num_kv_heads * slots * arch.head_dim * dtype.itemsize
-    )
-    area = batch * (prompt + new) * (prompt + new + 1) / 2
-    work = Work(batch * (prompt + new), batch * new, area)
-    return Setup(
-        config,
-        "sample",
-        arch,
-        topology,
-        mesh,
-        (Program("generate", engine.complete, arguments, keywords, 1, loops),),
-        {"parameters": _device_bytes(params), "cache (all of it)": cache},
-        work,
-        model_flops(arch, config, work, train=False),
-        f"{batch} prompts of {prompt} tokens, {new} new tokens each, {slots} cache slots",
-        0.0,
-        slots,
-    )
-
-
-# ---- hand counts ---------------------------------------------------------------------------------
-
-
-def matrix_sizes(arch: Architecture) -> dict[str, int]:
-    """Elements of the matrices that a token is multiplied with: of all layers by name, the head."""
-    D, F, H = arch.hidden_size, arch.intermediate_size, arch.head_dim
-    N, K, L = arch.num_heads * H, arch.num_kv_heads * H, arch.num_layers
-    return {
-        "q": L * D * N,
-        "k": L * D * K,
-        "v": L * D * K,
-        "o": L * N * D,
-        "gate": L * D * F,
-        "up": L * D * F,
-        "down": L * F * D,
-        "head": arch.vocab_size * D,
-    }
-
-
-def _attention_flops(arch: Architecture, area: float) -> float:
-    """Of one product of queries and keys, or of probabilities and values, in all layers."""
-    return 2.0 * area * arch.num_heads * arch.head_dim * arch.num_layers
-
-
-def model_flops(arch: Architecture, config: Config, work: Work, *, train: bool) -> float:
-    """What the model needs at least: 6 N T and causal attention (2 N T and no backward pass else).
-
-    N without the embedding table, which is looked up. Frozen matrices need no gradient: 4 N T.
-    Adapters and other small products are left out.
-    """
-    size = sum(matrix_sizes(arch).values())
-    attention = _attention_flops(arch, work.area)
-    if not train:
-        return 2.0 * size * work.tokens + 2 * attention
-    return (4.0 * size + 2.0 * _trained_size(arch, config)) * work.tokens + 6 * attention
-
-
-def _trained_size(arch: Architecture, config: Config) -> int:
-    trained = trainable.trained_names(arch, config)
-    sizes = matrix_sizes(arch)
-    names = {"head": "head"} if trainable.trains_head(arch, config) else {}
-    for name in trained:
-        found = re.search(r"layers/.*/([a-z]+)_proj/weight$", name)
-        if found:
-            names[found.group(1)] = found.group(1)
-    return sum(sizes[name] for name in names)
-
-
-def executed_products(arch: Architecture, config: Config, tokens: float) -> float:
-    """Matrix products of a training step by hand, attention left out.
-
-    6 N T and 2 N T of the forward pass once more, less what is not computed again: the logits
-    always are; of a layer, by model.remat, nothing (none), o (dots), or all but down, whose result
-    nothing in the layer reads (attention, full). Frozen matrices need no gradient.
-    """
-    sizes = matrix_sizes(arch)
-    again = {
-        "none": ("head",),
-        "dots": ("o", "head"),
-        "attention": ("q", "k", "v", "o", "gate", "up", "head"),
-        "full": ("q", "k", "v", "o", "gate", "up", "head"),
-    }[config.model.remat]
-    size = sum(sizes.values())
-    passes = 4.0 * size + 2.0 * _trained_size(arch, config) + 2.0 * sum(sizes[x] for x in again)
-    return passes * tokens
 
 
 def kernel_flops(setup: Setup, name: str, given: Sequence[hlo.Array]) -> float | None:
@@ -603,8 +220,7 @@ def _compile(setup: Setup, program: Program) -> tuple[dict[str, Any], Any]:
     """(what is known of the program, the executable or None where memory runs out)."""
     entry: dict[str, Any] = {"name": program.name, "times_a_step": program.times}
     start = time.monotonic()
-    # Generation runs without a mesh being set: its parameters bring their places with them.
-    with jax.set_mesh(setup.mesh) if setup.stage != "sample" else _Nothing():
+    with jax.set_mesh(setup.mesh):
         lowered = program.jitted.lower(*program.arguments, **program.keywords)
         try:
             compiled = lowered.compile()
@@ -638,14 +254,6 @@ def _compile(setup: Setup, program: Program) -> tuple[dict[str, Any], Any]:
         "temporary_bytes": memory.temp_size_in_bytes,
     }
     return entry, compiled
-
-
-class _Nothing:
-    def __enter__(self):
-        return None
-
-    def __exit__(self, *_):
-        return None
 
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}

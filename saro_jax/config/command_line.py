@@ -24,6 +24,7 @@ class Flag:
     choices: tuple[str, ...] = ()
     required: bool = False
     switch: bool = False
+    many: bool = False  # may be given several times; the values are a tuple
 
     @property
     def key(self) -> str:
@@ -77,6 +78,8 @@ def parse_command_line(
             text = rest.pop(0)
         if flag is None:
             overrides.append(f"--{name}={text}")
+        elif flag.many:
+            values[flag.key] = (*values.get(flag.key, ()), _flag_value(flag, text))
         elif flag.key in values:
             raise ValueError(f"--{name}={text}: given twice")
         else:
@@ -84,7 +87,7 @@ def parse_command_line(
     for flag in flags:
         if flag.required and flag.key not in values:
             raise ValueError(f"--{flag.name}: required: {flag.help}")
-        values.setdefault(flag.key, False if flag.switch else flag.default)
+        values.setdefault(flag.key, False if flag.switch else () if flag.many else flag.default)
     return Namespace(**values, overrides=overrides, places=named)
 
 
@@ -120,6 +123,8 @@ def _stage_help(prog: str, doc: str, flags: Sequence[Flag], tree: bool) -> str:
         value = "|".join(flag.choices) or "VALUE"
         head = f"--{flag.name}" if flag.switch else f"--{flag.name}={value}"
         default = "required" if flag.required else f"default {as_typed(flag.default)}"
+        if flag.many:
+            default = f"{'required, ' * flag.required}can be given several times"
         lines += _entry(head, flag.help if flag.switch else f"{flag.help} [{default}]")
     lines += _entry("--help", "print this and exit")
     if tree:
