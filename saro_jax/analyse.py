@@ -1,0 +1,425 @@
+"""Analyses: `python -m saro_jax.analyse --model=NAME=PATH ... --prompts=KIND=FILE ... --out=DIR`.
+
+What goes on inside models, the first of which is the one that the others are compared with:
+
+--prompts       overlap of harmful, jailbreak, benign, borderline and wrapped prompts in hidden
+                space, layer by layer; maps; a linear probe of harmful intent at the prompt's end
+--transcripts   of an evaluation's folder: the probe after each reasoning step
+--run           a folder of `train --stage=srpo`: reward margins and accuracies by kind of pairs
+
+Disguises are made of the prompts with held-out wrappers, as many as --analyse.jailbreaks and
+--analyse.wrapped say. Writes DIR/analysis.json, DIR/rejects/ and DIR/manifest.json; the same
+command goes on where an earlier one was stopped. docs/analyse.md says what each number means.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from saro_jax import config as configuration
+from saro_jax import records
+from saro_jax.analysis import linear, maps, margins, overlap, pool, probes, results, states
+from saro_jax.analysis.pool import GROUPS, Asked
+from saro_jax.analysis.results import END, PROMPT, Map, Point
+from saro_jax.config import Config, Flag
+from saro_jax.data import prompts as prompt_sources
+from saro_jax.data.packing import round_up
+from saro_jax.evaluation.results import Transcript, read_transcripts, transcript_files
+from saro_jax.models import hub, huggingface
+from saro_jax.records import Input, Journal, Reject, Stage
+from saro_jax.text import chat
+from saro_jax.text import policy as policies
+
+LEAST = 10  # prompts of a group
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model by its name, with its folder and the hash of its weights."""
+
+    name: str
+    folder: Path
+    sha: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    flags = [
+        Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart"),
+        Flag("model", "NAME=PATH: folder, .gguf file or Hub id", required=True, many=True),
+        Flag("prompts", "SOURCE or KIND=SOURCE: file, folder or Hub id", many=True),
+        Flag("transcripts", "folder of an evaluation of these models", parse=Path),
+        Flag("run", "NAME=DIR: folder of an SRPO run", many=True),
+        Flag("out", "output folder", parse=Path, required=True),
+    ]
+    try:
+        args = configuration.parse_command_line(
+            "python -m saro_jax.analyse",
+            __doc__ or "",
+            sys.argv[1:] if argv is None else argv,
+            flags,
+        )
+        given = {override.split("=")[0] for override in args.overrides}
+        defaults = ["--data.train=none", "--model.dtype=float32"]
+        defaults = [d for d in defaults if d.split("=")[0] not in given]
+        config = configuration.load(args.config, [*defaults, *args.overrides], "rw")
+        manifest = run(
+            config,
+            named(args.model, "--model"),
+            args.out,
+            prompts=args.prompts,
+            transcripts=args.transcripts,
+            runs=named(args.run, "--run"),
+            progress=sys.stderr.isatty(),
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 130
+    print(summary(results.read(args.out), manifest, args.out))
+    return 0
+
+
+def named(given: Sequence[str], option: str) -> dict[str, str]:
+    """Texts like "rw=out/rw/model" by name; each name once."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or not name or not path:
+            raise ValueError(f"{option}={text}: expected NAME=PATH")
+        if name in found:
+            raise ValueError(f"{option}={text}: the name {name!r} is given twice")
+        found[name] = path
+    return found
+
+
+def run(
+    config: Config,
+    models: Mapping[str, str],
+    out: Path,
+    *,
+    prompts: Sequence[str] = (),
+    transcripts: Path | None = None,
+    runs: Mapping[str, str] | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Analyse in `out` and return the manifest; nothing is done where it is there already."""
+    linear.check()
+    settings = config.analyse
+    asked, rejects, inputs = _prompts(config, prompts)
+    answered, more = _transcripts(transcripts, list(models), settings.steps)
+    curves = {name: margins.of_run(name, Path(path)) for name, path in (runs or {}).items()}
+    inputs += more + [Input.of_file(Path(path) / margins.FILE) for path in (runs or {}).values()]
+    if not asked and not answered and not curves:
+        raise ValueError("nothing to analyse: give --prompts, --transcripts or --run")
+    loaded = [Model(name, hub.resolve(path), "") for name, path in models.items()]
+    loaded = [Model(one.name, one.folder, huggingface.weights_hash(one.folder)) for one in loaded]
+    stage = Stage(
+        "analyse",
+        settings.model_dump(mode="json")
+        | {"dtype": config.model.dtype, "models": {one.name: one.sha for one in loaded}},
+        inputs,
+        config.seed,
+        model=loaded[0].name,
+        model_sha=loaded[0].sha,
+    )
+    before = records.finished(stage, out)
+    if before is not None:
+        return before
+    found: dict[str, list[Any]] = {"margins": [one for curve in curves.values() for one in curve]}
+    key = stage.key()
+    name = f"parts-{records.sha256(records.to_json(key))[:12]}.jsonl"
+    with Journal(out / "journal" / name, key) as journal:
+        for model in loaded:
+            parts = _parts(config, model, asked, answered.get(model.name, []), journal, progress)
+            for part, values in parts.items():
+                found.setdefault(part, []).extend(values)
+    for values in answered.values():
+        rejects += [Reject(one.id, reason) for one, reason in values if reason]
+    document = results.Analysis(
+        models=tuple(models),
+        groups={group: sum(one.group == group for one in asked) for group in GROUPS},
+        provenance=key,
+        **{part: tuple(values) for part, values in found.items()},
+    )
+    return records.finish(
+        stage,
+        out,
+        {},
+        {"prompts.jsonl": rejects},
+        n_in=sum(one.rows for one in inputs),
+        n_out=len(asked) + sum(len(values) for values in answered.values()),
+        documents={results.FILE: document.model_dump(mode="json")},
+    )
+
+
+def summary(analysis: results.Analysis, manifest: Mapping[str, Any], out: Path) -> str:
+    """The tables that a person reads first, each result at the layer where it is strongest."""
+    lines = []
+    if analysis.groups and any(analysis.groups.values()):
+        counts = ", ".join(f"{n} {group}" for group, n in analysis.groups.items() if n)
+        lines.append(f"prompts           {counts}")
+    if analysis.overlap:
+        lines += ["", "| model | groups | layer | C2ST (length alone) | kNN | cosine | MMD² | p |"]
+        lines.append("|---|---|---|---|---|---|---|---|")
+        for model in analysis.models:
+            for pair in dict.fromkeys(one.groups for one in analysis.overlap):
+                mine = [o for o in analysis.overlap if o.model == model and o.groups == pair]
+                one = max(mine, key=lambda o: o.c2st)
+                lines.append(
+                    f"| {model} | {' / '.join(pair)} | {one.layer} | {one.c2st:.2f} "
+                    f"({one.c2st_length:.2f}) | {one.knn_purity:.2f} | {one.centroid_cosine:.2f} | "
+                    f"{one.mmd2:.3f} | {one.p:.3f} |"
+                )
+    if analysis.probes:
+        lines += ["", "| model | position | tested on | layer | AUROC | selectivity | n |"]
+        lines.append("|---|---|---|---|---|---|---|")
+        places = dict.fromkeys((o.model, o.position, o.test) for o in analysis.probes)
+        for place in places:
+            mine = [o for o in analysis.probes if (o.model, o.position, o.test) == place]
+            one = max(mine, key=lambda o: -1 if o.auroc is None else o.auroc)
+            if one.auroc is not None and one.selectivity is not None:
+                lines.append(
+                    f"| {' | '.join(place).replace('|b', ' / b')} | {one.layer} | {one.auroc:.2f} "
+                    f"| {one.selectivity:.2f} | {one.n} |"
+                )
+    if manifest["drop_reasons"]:
+        reasons = ", ".join(f"{count} {name}" for name, count in manifest["drop_reasons"].items())
+        lines += ["", f"left out          {reasons}"]
+    lines.append(f"all results       {out / results.FILE}")
+    return "\n".join(lines)
+
+
+# ---- inputs --------------------------------------------------------------------------------------
+
+
+def _prompts(config: Config, given: Sequence[str]) -> tuple[list[Asked], list[Reject], list[Input]]:
+    """The prompts by group; ValueError for a group with too few to say anything."""
+    if not given:
+        return [], [], []
+    settings = config.analyse
+    sources = prompt_sources.sources(given, "--prompts")
+    read, rejects, inputs = prompt_sources.read(
+        sources, prompt_sources.column_map([], ""), policies.load(), config.data.split
+    )
+    asked, rest = pool.choose(
+        read, settings.per_group, settings.jailbreaks, settings.wrapped, config.seed
+    )
+    sizes = {group: sum(one.group == group for one in asked) for group in GROUPS}
+    if sum(size > 0 for size in sizes.values()) < 2:
+        raise ValueError(f"--prompts: two groups are needed, found {_counted(sizes)}")
+    for group, size in sizes.items():
+        if 0 < size < LEAST:
+            raise ValueError(
+                f"--prompts: {size} prompts of the group {group}; {LEAST} are needed to compare it "
+                f"(found {_counted(sizes)})"
+            )
+    return asked, rejects + rest, inputs
+
+
+def _counted(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{size} {group}" for group, size in sizes.items() if size) or "none"
+
+
+def _transcripts(
+    folder: Path | None, models: Sequence[str], steps: int
+) -> tuple[dict[str, list[tuple[Transcript, str]]], list[Input]]:
+    """Transcripts by model, each with the reason why it is not used, or "", and the files."""
+    if folder is None:
+        return {}, []
+    found: dict[str, list[tuple[Transcript, str]]] = {}
+    inputs = []
+    for model, benchmark, view in transcript_files(folder):
+        if model not in models:
+            continue
+        for one in read_transcripts(folder, model, benchmark, view):
+            reason = "" if one.steps or not steps else "no reasoning steps"
+            found.setdefault(model, []).append((one, reason))
+        name = f"{benchmark}.{view}.jsonl"
+        inputs.append(Input.of_file(folder / "transcripts" / model / name))
+    if not found:
+        there = ", ".join(sorted({model for model, *_ in transcript_files(folder)})) or "none"
+        raise ValueError(
+            f"--transcripts={folder}: none of the models {', '.join(models)}; there are {there}"
+        )
+    return found, inputs
+
+
+# ---- the parts of one model ----------------------------------------------------------------------
+
+
+def _parts(
+    config: Config,
+    model: Model,
+    asked: Sequence[Asked],
+    answered: Sequence[tuple[Transcript, str]],
+    journal: Journal,
+    progress: bool,
+) -> dict[str, list[Any]]:
+    """All results of a model; those that the journal holds are not computed again."""
+    work: dict[str, Callable[..., dict[str, list[Any]]]] = {}
+    usable = [one for one, reason in answered if not reason]
+    if asked:
+        work["prompts"] = partial(_of_prompts, config, model, asked, bool(usable))
+    if usable:
+        work["transcripts"] = partial(_of_transcripts, config, model, usable)
+    found: dict[str, list[Any]] = {}
+    loaded: tuple[Any, Any, Any] | None = None
+    for part, compute in work.items():
+        place = f"{model.name}:{part}"
+        if place not in journal.values:
+            loaded = loaded or _load(config, model)
+            with tqdm(desc=f"{model.name}: {part}", unit="text", disable=not progress) as bar:
+                done = compute(*loaded, bar.update)
+            journal.append(
+                place,
+                {
+                    name: [one.model_dump(mode="json") for one in made]
+                    for name, made in done.items()
+                },
+            )
+        for name, made in journal.values[place].items():
+            found.setdefault(name, []).extend(made)
+    return found
+
+
+def _load(config: Config, model: Model) -> tuple[Any, Any, Any]:
+    arch = huggingface.load_architecture(model.folder)
+    tokenizer = chat.load_tokenizer(model.folder, config.model.chat_template)
+    return (
+        arch,
+        huggingface.load_params(model.folder, arch, jnp.dtype(config.model.dtype)),
+        tokenizer,
+    )
+
+
+def _of_prompts(
+    config: Config,
+    model: Model,
+    asked: Sequence[Asked],
+    has_transcripts: bool,
+    arch: Any,
+    params: Any,
+    tokenizer: Any,
+    tell: Callable[[int], Any],
+) -> dict[str, list[Any]]:
+    """Overlap, maps and probes of states at the ends of the prompts."""
+    settings = config.analyse
+    texts = []
+    for one in asked:
+        try:
+            texts.append(states.prompt_end(tokenizer, one.text))
+        except ValueError as error:
+            raise ValueError(f"--prompts: {one.id}: {error}") from None
+    read = _read(config, arch, params, texts, tell)
+    states_NLD = np.stack([one[:, 0] for one in read])
+    groups = _rows([one.group for one in asked])
+    bases = [one.base for one in asked]
+    layers = _layers(arch.num_layers, settings.layer_step)
+    tokens = np.array([len(text.ids) for text in texts])
+    compared = overlap.compare(
+        model.name,
+        states_NLD,
+        groups,
+        bases,
+        tokens,
+        layers=layers,
+        seed=config.seed,
+        permutations=settings.permutations,
+    )
+    probed = []
+    if not has_transcripts:  # else those of the transcripts, at all positions
+        probed = probes.compare(
+            model.name, PROMPT, states_NLD, groups, bases, layers=layers, seed=config.seed
+        )
+    pictures = []
+    for layer in sorted({arch.num_layers // 2, arch.num_layers}):
+        x_ND = linear.standardised(states_NLD[:, layer])
+        drawn = [("pca", 0, maps.pca(x_ND)[0])]
+        for seed in range(config.seed, config.seed + settings.tsne_seeds):
+            drawn.append(("tsne", seed, maps.tsne(x_ND, seed)))
+        for method, seed, y_N2 in drawn:
+            points = tuple(
+                Point(id=one.id, kind=one.group, x=round(float(x), 3), y=round(float(y), 3))
+                for one, (x, y) in zip(asked, y_N2, strict=True)
+            )
+            pictures.append(
+                Map(model=model.name, layer=layer, method=method, seed=seed, points=points)  # type: ignore[arg-type]
+            )
+    return {"overlap": compared, "maps": pictures, "probes": probed}
+
+
+def _of_transcripts(
+    config: Config,
+    model: Model,
+    answered: Sequence[Transcript],
+    arch: Any,
+    params: Any,
+    tokenizer: Any,
+    tell: Callable[[int], Any],
+) -> dict[str, list[Any]]:
+    """Probes after each reasoning step of the model's own answers."""
+    settings = config.analyse
+    texts, kept = [], []
+    for one in answered:
+        steps = [step.text for step in one.steps if step.text.strip()]
+        text = states.step_ends(tokenizer, one.prompt, one.response, steps)
+        if len(text.ids) <= settings.row_length:
+            texts.append(text)
+            kept.append(one)
+    read = _read(config, arch, params, texts, tell)
+    layers = _layers(arch.num_layers, settings.layer_step)
+    found = []
+    names = [PROMPT, *(f"step {i + 1}" for i in range(settings.steps)), END]
+    for number, position in enumerate(names):
+        at = -1 if position == END else number
+        have = [i for i, one in enumerate(read) if position == END or one.shape[1] > number]
+        if not have:
+            continue
+        states_NLD = np.stack([read[i][:, at] for i in have])
+        groups = _rows([pool.group_of(kept[i].kind, kept[i].attack is not None) for i in have])
+        found += probes.compare(
+            model.name,
+            position,
+            states_NLD,
+            groups,
+            [kept[i].base_id for i in have],
+            layers=layers,
+            seed=config.seed,
+        )
+    return {"probes": found}
+
+
+def _read(config: Config, arch: Any, params: Any, texts: Any, tell: Any) -> list[np.ndarray]:
+    return states.read(
+        arch,
+        params,
+        texts,
+        row_length=round_up(config.analyse.row_length, 64),
+        dtype=config.model.dtype,
+        progress=tell,
+    )
+
+
+def _rows(names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Indices by group, in the order of GROUPS."""
+    array = np.array(names)
+    return {name: rows for name in GROUPS if len(rows := np.flatnonzero(array == name))}
+
+
+def _layers(count: int, step: int) -> list[int]:
+    """The embedding, every `step`-th layer, and the last."""
+    return sorted({*range(0, count, step), count})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
