@@ -8,9 +8,9 @@ varied   64 prompts whose answers end after 8 to 256 tokens: transformers takes 
          16 that last as long as their longest answer, ours refills its 16 slots
 
 Each library and dtype has a process of its own, and they take turns, so that whatever else the
-machine does falls on all of them alike; the ratio of a round compares neighbours. On a machine that
-does other things, `--cores 1` and CPU time say most: torch's threads wait for each other by spinning.
-Needs torch.
+machine does falls on all of them alike; the ratio of a round compares neighbours. On a machine
+that does other things, `--cores 1` and CPU time say most: torch's threads wait for each other by
+spinning. Needs torch.
 """
 
 import argparse
@@ -144,6 +144,8 @@ def main() -> None:
         for name, connection in workers.items():
             connection.send(True)
             seconds[name].append(connection.recv())
+    for connection in workers.values():
+        connection.send(False)
     print(f"case {args.case}: {tokens} tokens, {SLOTS} at a time, {args.rounds} rounds")
     for name, found in seconds.items():
         wall, cpu = (statistics.median(x) for x in zip(*found, strict=True))
