@@ -123,8 +123,8 @@ def run(
     generator = generator or _local(config)
     stage = Stage(
         "pairs",
-        # What is read from the tree; places of inputs stand under inputs.
-        settings.model_dump(mode="json")
+        # What is read from the tree; the dtype is in the model's hash.
+        settings.model_dump(mode="json", exclude={"slots", "dtype"})
         | {"judge": guard.name if guard else "form", "judge_version": _judge_version(guard)},
         inputs,
         config.seed,
@@ -218,7 +218,13 @@ def _local(config: Config) -> Generator:
     from saro_jax.generation import local
 
     model = config.model
-    return local.load(model.path, revision=model.revision, chat_template=model.chat_template)
+    return local.load(
+        model.path,
+        revision=model.revision,
+        chat_template=model.chat_template,
+        dtype=config.pairs.dtype,
+        slots=config.pairs.slots,
+    )
 
 
 def judge_says(guard: judges.Guard | None) -> str:

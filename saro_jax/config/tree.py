@@ -689,6 +689,31 @@ class PairsConfig(Section):
         default=0.95, gt=0, le=1, description="probability mass (0 to 1) they are sampled from"
     )
     max_new_tokens: int = Field(default=512, ge=1, description="tokens of a continuation at most")
+    slots: int = Field(default=16, ge=1, description="continuations under way at a time")
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None,
+        description="what continuations are computed in; null = float32 on a CPU, elsewhere "
+        "bfloat16",
+    )
+
+
+class PipelineConfig(Section):
+    """What the pipeline runs; only pipeline reads it."""
+
+    synthesize: bool = Field(
+        default=True, description="make RIT-D and warm up on it; false = on data.train as it is"
+    )
+    rounds: int = Field(
+        default=1,
+        ge=0,
+        description="times that rollouts are drawn and judged, pairs made of them and SRPO run, "
+        "each from the model of the round before; 0 = SRPO once, on data.train as it is",
+    )
+    judges: str = Field(
+        default="refusal",
+        description="judges of the rollouts, as judge --judges takes them: refusal, GUARD=MODEL, "
+        "RUBRIC=MODEL, separated by commas",
+    )
 
 
 class AnalyseConfig(Section):
@@ -773,6 +798,10 @@ class Config(Section):
     )
     analyse: AnalyseConfig = Field(
         default_factory=AnalyseConfig, description="analyses of models; only analyse reads it"
+    )
+    pipeline: PipelineConfig = Field(
+        default_factory=PipelineConfig,
+        description="which stages the pipeline runs; only pipeline reads it",
     )
     mesh: MeshConfig = Field(default_factory=MeshConfig, description="how the devices are laid out")
     seed: int = Field(
