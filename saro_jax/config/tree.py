@@ -576,8 +576,8 @@ class PairsConfig(Section):
     )
     guard: str | None = Field(
         default=None,
-        description="GUARD=MODEL that judges safety (llama_guard_2, llama_guard_3, shieldgemma, "
-        "wildguard); null = answers to harmful prompts count as unsafe where they do not refuse",
+        description="NAME=MODEL or NAME=MODEL@URL that judges safety, as judge --judges takes it; "
+        "null = answers to harmful prompts count as unsafe where they do not refuse",
     )
     audit: str | None = Field(
         default=None,
