@@ -571,6 +571,9 @@ class AnalyseConfig(Section):
         default=200, ge=1, description="of the labels, for the p-value of a discrepancy"
     )
     tsne_seeds: int = Field(default=3, ge=0, description="pictures by t-SNE; 0 = none")
+    pairs: int = Field(
+        default=40, ge=2, description="preference pairs that are scored at most, drawn by the seed"
+    )
     steps: int = Field(
         default=6, ge=0, description="reasoning steps after which the probe reads, the first ones"
     )
