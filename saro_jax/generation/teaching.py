@@ -129,6 +129,7 @@ class Asking:
     ):
         self.teacher, self.policy, self.settings = teacher, policy, settings
         self.seed, self.out, self.progress = seed, out, progress
+        self.costs: dict[str, float] = {}  # by request, those of earlier runs too
         self.sampler = Sampler(
             temperature=settings.temperature,
             top_p=settings.top_p,
@@ -250,6 +251,7 @@ class Asking:
         self, requests: Sequence[Request], journal: Journal, doing: str
     ) -> dict[str, list[Reply]]:
         """{text, finish, cost} of each request, from the journal where it is there."""
+        requests = list({one.id: one for one in requests}.values())
         todo = [one for one in requests if one.id not in journal.values]
         failures: Mapping[str, str] = getattr(self.teacher, "failures", {})
         bar = tqdm(
@@ -270,9 +272,10 @@ class Asking:
                     journal.append(request.id, made)
         if todo and len(partial) == len(requests) and not any(partial.values()):
             raise ValueError(f"{self.teacher.name}: no request succeeded: {_first(failures)}")
-        return partial | {
-            one.id: journal.values[one.id] for one in requests if one.id in journal.values
-        }
+        known = journal.values
+        found = partial | {one.id: known[one.id] for one in requests if one.id in known}
+        self.costs |= {name: sum(one["cost"] for one in made) for name, made in found.items()}
+        return found
 
     def why_none(self, prompt: Prompt) -> str:
         """Why a prompt has no reply."""
