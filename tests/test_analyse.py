@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from saro_jax import analyse, records
-from saro_jax.analysis import results
+from saro_jax.analysis import results, table
 from saro_jax.config import AnalyseConfig, Config
 from saro_jax.evaluation.results import Step, Transcript, write_transcripts
 
@@ -66,7 +66,7 @@ def test_prompts_are_compared_drawn_and_probed(data: Path, tmp_path: Path):
         "harmful|benign", "jailbreak|borderline", "jailbreak|wrapped", "harmful|borderline",
     }  # fmt: skip
     assert manifest["outputs"].keys() == {"analysis.json", "rejects/prompts.jsonl"}
-    assert "harmful / benign" in analyse.summary(found, manifest, tmp_path)
+    assert "harmful / benign" in table.summary(found, manifest, tmp_path)
     # Nothing is computed again; without manifest and document the journal has it all.
     before = (tmp_path / "analysis.json").read_bytes()
     assert analyse.run(config(), models(), tmp_path, prompts=prompts(data)) == manifest
@@ -129,7 +129,7 @@ def test_the_row_length_bounds_the_texts(data: Path, tmp_path: Path):
 
 
 def test_the_perturbations_are_of_every_setting():
-    assert CHANGES.keys() | {"row_length", "steps"} == AnalyseConfig.model_fields.keys()
+    assert CHANGES.keys() | {"row_length", "steps", "pairs"} == AnalyseConfig.model_fields.keys()
 
 
 def transcript(i: int, kind: str, steps: int) -> Transcript:
@@ -173,6 +173,40 @@ def test_probes_after_each_step_of_transcripts(tmp_path: Path):
     one = tmp_path / "one"
     analyse.run(config(steps=1), models(), one, transcripts=tmp_path / "evaluation")
     assert {o.position for o in results.read(one).probes} == {"prompt", "step 1", "end"}
+
+
+def test_pairs_are_scored_and_their_reasoning_is_weighed(tmp_path: Path):
+    rows = [
+        {
+            "id": f"p{i}",
+            "kind": "OP1",
+            "prompt": f"lock {i}",
+            "chosen": f"<think>\nthey would harm {i}\n</think>\n\nno",
+            "rejected": f"<think>\nfine {i}\n</think>\n\nyes, take {i}",
+        }
+        for i in range(6)
+    ]
+    source = str(tiny.write_rows(tmp_path / "pairs.jsonl", rows))
+    other = tiny.write_model(tmp_path / "model", seed=1)
+    two = models() | {"other": str(other)}
+    analyse.run(config(), two, tmp_path / "a", pairs=source)
+    found = results.read(tmp_path / "a")
+    assert {(one.model, one.kind, one.n) for one in found.margins} == {
+        (model, kind, 6) for model in two for kind in ("all", "OP1")
+    }
+    by = {one.model: one for one in found.margins if one.kind == "all"}
+    assert by["base"].margin == 0 and by["other"].margin != 0
+    assert len(found.likelihood) == 2 * 7
+    analyse.run(config(pairs=4), two, tmp_path / "b", pairs=source)
+    assert {one.n for one in results.read(tmp_path / "b").margins} == {4}
+    rows.append({"id": "p9", "prompt": "a", "chosen": "b"})
+    with pytest.raises(ValueError, match=r"pairs.jsonl:7: "):
+        analyse.run(
+            config(),
+            two,
+            tmp_path / "c",
+            pairs=str(tiny.write_rows(tmp_path / "pairs.jsonl", rows)),
+        )
 
 
 @pytest.mark.parametrize(

@@ -423,6 +423,28 @@ class SynthesizeConfig(Section):
         description="harmful prompts and jailbreaks at most on which that share is measured, held "
         "out ones first",
     )
+    label: bool = Field(
+        default=False,
+        description="the teacher labels prompts that have no category and are not benign (T5)",
+    )
+    guard: str | None = Field(
+        default=None,
+        description="guard that judges answers and reasoning: NAME=MODEL or NAME=MODEL@URL, as "
+        "judge has them; null = none does",
+    )
+    score: bool = Field(
+        default=False, description="the teacher scores answers, which need 8 of 10 each time (T6)"
+    )
+    repair: bool = Field(
+        default=False,
+        description="the teacher goes on from the first unsafe step of reasoning that the guard "
+        "drops (T3)",
+    )
+    compress: bool = Field(
+        default=False,
+        description="the teacher shortens the reasoning of each prompt's best answer, which then "
+        "competes (T8)",
+    )
     render: Literal["relevant", "whole"] = Field(
         default="relevant",
         description="what of the policy the teacher is told: rules of the prompt's categories, or "
@@ -474,6 +496,69 @@ class SynthesizeConfig(Section):
         ge=0,
         description="reasoning tokens at least, for harmful prompts and jailbreaks, with "
         "synthesize.srs=shortest_q",
+    )
+
+
+class SampleConfig(Section):
+    """Answers of the model to prompts; only sample reads it."""
+
+    prompts: str | list[str] = Field(
+        default="quickstart:held_out",
+        description="prompts: file, folder or Hub id of rows, or prompts.jsonl of a stage, or "
+        "several of them; KIND=SOURCE (harmful, jailbreak, benign, borderline) where the rows have "
+        "no column kind",
+    )
+    columns: str | list[str] | None = Field(
+        default=None,
+        description="FIELD=COLUMN, or several of them, where a source's columns are not found by "
+        "their names: prompt, kind, categories, answer, base_id, id, license, lang",
+    )
+    split: str = Field(
+        default="train",
+        description="split that is read from a Hub id, and of prompts.jsonl; of that, all = any",
+    )
+    policy: str = Field(
+        default="saro",
+        description="the safety policy that the rows' categories are of: a YAML file, or a "
+        "packaged one's name",
+    )
+    limit: int | None = Field(
+        default=None, ge=1, description="prompts at most, the first ones; null = all"
+    )
+    n: int = Field(default=8, ge=1, description="answers to each prompt")
+    temperature: float = Field(default=1.0, ge=0, description="0 = greedy")
+    top_p: float = Field(
+        default=0.95, gt=0, le=1, description="probability mass (0 to 1) that is sampled from"
+    )
+    top_k: int = Field(default=0, ge=0, description="tokens that are sampled from; 0 = all")
+    min_p: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="probability of a token at least, as a share of the most probable one's",
+    )
+    max_new_tokens: int = Field(
+        default=1024, ge=1, description="tokens of reasoning and answer together at most"
+    )
+    think_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens after which an unfinished thought is closed (budget forcing), as is "
+        "one in which the turn ends; null = never",
+    )
+    stop: str | list[str] | None = Field(
+        default=None, description="texts that end an answer, which is cut before them"
+    )
+    system: str | None = Field(default=None, description="system turn before each prompt")
+    prefix: str | None = Field(
+        default=None, description="text that every answer begins with, such as an opened thought"
+    )
+    slots: int = Field(
+        default=16, ge=1, description="answers under way at a time, over all devices of a host"
+    )
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None,
+        description="what is computed in; null = float32 on a CPU, elsewhere bfloat16",
     )
 
 
@@ -713,6 +798,9 @@ class AnalyseConfig(Section):
         default=200, ge=1, description="of the labels, for the p-value of a discrepancy"
     )
     tsne_seeds: int = Field(default=3, ge=0, description="pictures by t-SNE; 0 = none")
+    pairs: int = Field(
+        default=40, ge=2, description="preference pairs that are scored at most, drawn by the seed"
+    )
     steps: int = Field(
         default=6, ge=0, description="reasoning steps after which the probe reads, the first ones"
     )
@@ -762,6 +850,10 @@ class Config(Section):
     synthesize: SynthesizeConfig = Field(
         default_factory=SynthesizeConfig,
         description="RIT-D out of prompts, a policy and a teacher; only synthesize reads it",
+    )
+    sample: SampleConfig = Field(
+        default_factory=SampleConfig,
+        description="answers of the model to prompts; only sample reads it",
     )
     server: ServerConfig = Field(
         default_factory=ServerConfig,
