@@ -829,6 +829,22 @@ class AnalyseConfig(Section):
     steps: int = Field(
         default=6, ge=0, description="reasoning steps after which the probe reads, the first ones"
     )
+    prompts: int = Field(
+        default=16,
+        ge=0,
+        description="prompts of each test that generates, drawn by the seed; 0 = none generates",
+    )
+    depth: str = Field(
+        default="0:1:2:4:8:16:32",
+        description="tokens of a compliant opening that are prefilled, one test each",
+    )
+    max_new_tokens: int = Field(
+        default=128, ge=1, description="tokens of a generated continuation at most"
+    )
+    tries: int = Field(
+        default=8, ge=1, description="times a continuation is drawn anew to be without markers"
+    )
+    batch_size: int = Field(default=16, ge=1, description="continuations generated at a time")
 
 
 class MeshConfig(Section):

@@ -25,7 +25,7 @@ from saro_jax.reporting.svg import (
     ticks,
 )
 
-WIDTH, HEIGHT = 430, 310
+WIDTH, HEIGHT = 350, 265  # about what a chart has on the page, so that text keeps its size
 MOST_POINTS = 160  # of a line; more are averaged in groups
 MOST_MARKS = 26  # of a line: beyond them marks and titles of single points are left out
 
@@ -87,11 +87,11 @@ def percent(value: float, digits: int = 0) -> str:
     return f"{100 * value:.{digits}f}\N{NARROW NO-BREAK SPACE}%".replace("-", "\N{MINUS SIGN}")
 
 
-def legend(names: Sequence[tuple[str, int]], lines: bool = False) -> Markup:
-    """Names with their marks, as a list beside a chart."""
+def legend(names: Sequence[tuple[str, int]], lines: bool = False, dashes: bool = True) -> Markup:
+    """Names with their marks, as a list below a chart."""
     items = []
     for name, style in names:
-        dash = DASHES[style % len(DASHES)] or None
+        dash = (dashes and DASHES[style % len(DASHES)]) or None
         sample = [mark(style, 13, 7, class_="fill")]
         if lines:
             sample.insert(
@@ -225,8 +225,12 @@ def lines(
     y_range: tuple[float, float] | None = None,
     shares: bool = False,
     reference: float | None = None,
+    x_names: Sequence[str] = (),
 ) -> Markup:
-    """Lines over a common axis; `reference` draws a level, `shares` writes percent."""
+    """Lines over a common axis; `reference` draws a level, `shares` writes percent.
+
+    x_names: what stands at 0, 1, ... of the x axis instead of numbers.
+    """
     shown = [_thinned(one) for one in series]
     xs = [x for one in shown for x, _ in one.points]
     ys = [y for one in shown for _, y in one.points]
@@ -240,6 +244,8 @@ def lines(
     y_marks = [(v, say(v)) for v in ticks(low, high, 5)]
     whole = all(float(x).is_integer() for x in xs)
     x_marks = [(v, short(v)) for v in ticks(x_low, x_high, 5) if not whole or float(v).is_integer()]
+    if x_names:
+        x_marks = [(float(i), name) for i, name in enumerate(x_names)]
     plot = frame(WIDTH, HEIGHT, (x_low, x_high), (low, high), [label for _, label in y_marks])
     parts = [plot.axes(x_label, y_label, x_marks, y_marks)]
     if reference is not None:
@@ -270,16 +276,17 @@ def lines(
 def _line(plot: Frame, one: Series, say, x_label: str) -> Markup:
     places = [(plot.x(x), plot.y(y)) for x, y in one.points]
     inner = [element("title", one.name)]
+    few = len(places) <= MOST_MARKS
     if len(places) > 1:
         inner.append(
             element(
                 "path",
                 d=path(places),
                 class_="line",
-                stroke_dasharray=DASHES[one.style % len(DASHES)] or None,
+                # Dashes make a noisy curve of many points hard to read; its marks tell it apart.
+                stroke_dasharray=(few and DASHES[one.style % len(DASHES)]) or None,
             )
         )
-    few = len(places) <= MOST_MARKS
     for (x, y), (at_x, at_y) in list(zip(one.points, places, strict=True)) if few else []:
         words = f"{one.name}, {x_label} {short(x)}: {say(y)}"
         inner.append(
@@ -320,44 +327,38 @@ def intervals(
     ends = [v * scale for row in rows for v in (row.low, row.high, row.value)]
     ends += [reference * scale] if reference is not None else []
     low, high = padded(ends)
-    longest = max((len(row.name) for row in rows), default=0)
-    left = min(190.0, 16 + CHARACTER * longest)
-    step = 21.0
-    gaps = [8.0 if row.name and i else 0.0 for i, row in enumerate(rows)]
-    height = 34 + step * len(rows) + sum(gaps) + 48
+    height = 4.0 + sum(18 + 24 * bool(row.name) for row in rows) + 44
     marks = [(v, short(v)) for v in ticks(low, high, 5)]
     plot = frame(WIDTH, height, (low, high), (0, 1), [], top=14)
-    plot = Frame(WIDTH, height, type(plot.x)(low, high, left, WIDTH - 14), plot.y)
     parts = [plot.axes(x_label, "", marks, [])]
     if reference is not None:
         at = plot.x(reference * scale)
-        parts.append(element("line", x1=at, x2=at, y1=8, y2=plot.y.start, class_="reference"))
-    y = 8.0
-    for row, gap in zip(rows, gaps, strict=True):
-        y += step + gap
-        middle = y - 6
-        whisker = (
-            f"M{number(plot.x(row.low * scale))} {number(middle)}"
-            f"H{number(plot.x(row.high * scale))}"
-        )
+        parts.append(element("line", x1=at, x2=at, y1=4, y2=plot.y.start, class_="reference"))
+    y = 4.0
+    for row in rows:
         if row.name:
-            words = row.name if len(row.name) <= 27 else row.name[:26] + "\N{HORIZONTAL ELLIPSIS}"
-            parts.append(text(left - 10, middle + 4, words, "tick ink", "end"))
+            parts.append(text(0, y + 15, row.name, "label"))
+            y += 24
+        whisker = (
+            f"M{number(plot.x(row.low * scale))} {number(y + 5)}H{number(plot.x(row.high * scale))}"
+        )
+        shape = mark(
+            row.style,
+            plot.x(row.value * scale),
+            y + 5,
+            5,
+            class_="fill" if row.sure else "hollow",
+        )
         parts.append(
             element(
                 "g",
                 element("title", row.title),
                 element("path", d=whisker, class_="error"),
-                mark(
-                    row.style,
-                    plot.x(row.value * scale),
-                    middle,
-                    5,
-                    class_="fill" if row.sure else "hollow",
-                ),
+                shape,
                 class_=colour(row.style),
             )
         )
+        y += 18
     return picture(WIDTH, height, title, about, *parts)
 
 

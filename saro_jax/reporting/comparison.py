@@ -22,7 +22,7 @@ NOTABLE = 0.02  # share of missing answers from which a benchmark's headline tel
 MOST_PLANES = 6
 WEAK = "weak judge"
 WEAK_NOTE = (
-    "weak judge: the verdicts come from a judge that cannot tell what the metric's name says, or "
+    "Weak judge: the verdicts come from a judge that cannot tell what the metric's name says, or "
     "that no labels of people have audited. Non-refusal on harmful prompts is no attack success: "
     "an answer that does not refuse need not be harmful."
 )
@@ -96,7 +96,7 @@ def headline(results: Results) -> Table:
                 for name, rate in zip(names, found, strict=True):
                     row.append(rate_cell(rate, against.get((bench.name, view, metric, name))))
                 rows.append(row)
-    columns = ["benchmark", *(n + (" (baseline)" if n == results.baseline else "") for n in names)]
+    columns = ["benchmark", *(n + ("\n(baseline)" if n == results.baseline else "") for n in names)]
     note = (
         f"95 % intervals in brackets; differences from {results.baseline} in percentage points (of "
         "scores: in hundredths) on the same prompts, their p corrected for all differences in the "
@@ -142,7 +142,7 @@ def rate_cell(rate: Rate | None, difference: Difference | None = None) -> Cell:
         shade = tone(difference)
         sign = {"better": "better ", "worse": "worse ", "changed": "", "even": ""}[shade]
         arrow = {"better": "\N{CHECK MARK} ", "worse": "\N{MULTIPLICATION X} "}.get(shade, "")
-        below.append(f"{arrow}{sign}{signed(100 * difference.delta)}, {p_value(difference.p_holm)}")
+        below += [f"{arrow}{sign}{signed(100 * difference.delta)}", p_value(difference.p_holm)]
         if difference.verdict:
             below.append(difference.verdict)
         title = (
@@ -165,7 +165,7 @@ def differences_chart(results: Results) -> Figure | None:
                     d = against.get((bench.name, view, metric, name))
                     if d is None:
                         continue
-                    label = f"{bench.name}, {_brief(metric)}" if first else ""
+                    label = f"{bench.title}: {_brief(metric)}" if first else ""
                     first = False
                     rows.append(
                         charts.Interval(

@@ -273,20 +273,20 @@ def _by_position(probes: Sequence[Probe], test: str, style: Styles) -> list[Figu
             if found:
                 points.append((i, max(found)))
         series.append(Series(model, style(model), points))
-    names = ", ".join(f"{i}: {position}" for i, position in enumerate(positions))
     return [
         Figure(
             charts.lines(
                 f"Probe of harmful intent along the reasoning, on {test}",
                 "Best layer's AUROC by position.",
                 series,
-                "position",
+                "read after",
                 "AUROC of the best layer",
                 y_range=(min(0.4, *(y for s in series for _, y in s.points)), 1.0),
                 reference=0.5,
+                x_names=[f"step {p}" if p.isdigit() else p for p in positions],
             ),
             f"Along the reasoning, tested on {test.replace('|', ' against ')}",
-            f"Positions {names}. The best of all layers is chosen on the test: an optimistic view.",
+            "The best of all layers is chosen on the test: an optimistic view.",
             charts.legend([(s.name, s.style) for s in series], lines=True),
         )
     ]
