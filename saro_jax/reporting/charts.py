@@ -12,6 +12,7 @@ from saro_jax.reporting.svg import (
     COLOURS,
     DASHES,
     Frame,
+    clipped,
     element,
     frame,
     mark,
@@ -27,6 +28,7 @@ from saro_jax.reporting.svg import (
 
 WIDTH, HEIGHT = 350, 265  # about what a chart has on the page, so that text keeps its size
 MOST_POINTS = 160  # of a line; more are averaged in groups
+MOST_NAMES = 6  # in a plane: beyond them only the front and the baseline bear their names
 MOST_MARKS = 26  # of a line: beyond them marks and titles of single points are left out
 
 
@@ -135,8 +137,10 @@ def plane(title: str, about: str, points: Sequence[Point], x_label: str, y_label
         element("path", d=path(places), class_="front") if places else Markup(""),
         _better(plot),
     ]
-    labels = _labels(plot, points)
     front = set(_front(points))
+    few = len(points) <= MOST_NAMES
+    named = [few or i in front or point.style == 0 for i, point in enumerate(points)]
+    labels = _labels(plot, points, named)
     for i, point in enumerate(points):
         x, y = plot.x(point.x[0]), plot.y(point.y[0])
         words = (
@@ -148,13 +152,14 @@ def plane(title: str, about: str, points: Sequence[Point], x_label: str, y_label
         across = f"M{number(plot.x(point.x[1]))} {number(y)}H{number(plot.x(point.x[2]))}"
         along = f"M{number(x)} {number(plot.y(point.y[1]))}V{number(plot.y(point.y[2]))}"
         at, anchor = labels[i]
+        label = "label strong" if i in front else "label"
         parts.append(
             element(
                 "g",
                 element("title", words),
                 element("path", d=across + along, class_="error"),
                 mark(point.style, x, y, 6.5, class_="fill" if i in front else "hollow"),
-                text(*at, point.name, "label" + (" strong" if i in front else ""), anchor),
+                text(*at, _name(point) if named[i] else "", label, anchor),
                 class_=colour(point.style),
             )
         )
@@ -177,7 +182,18 @@ def _better(plot: Frame) -> Markup:
     )
 
 
-def _labels(plot: Frame, points: Sequence[Point]) -> list[tuple[tuple[float, float], str]]:
+def all_named(points: Sequence[Point]) -> bool:
+    """Whether the plane of the points has all their names in full, and needs no legend."""
+    return len(points) <= MOST_NAMES and all(_name(point) == point.name for point in points)
+
+
+def _name(point: Point) -> str:
+    return clipped(point.name, 22)
+
+
+def _labels(
+    plot: Frame, points: Sequence[Point], named: Sequence[bool]
+) -> list[tuple[tuple[float, float], str]]:
     """A place for each point's name: beside it, and where it covers no other name or mark."""
     taken = [
         (plot.x(p.x[0]) - 8, plot.y(p.y[0]) - 8, plot.x(p.x[0]) + 8, plot.y(p.y[0]) + 8)
@@ -185,8 +201,11 @@ def _labels(plot: Frame, points: Sequence[Point]) -> list[tuple[tuple[float, flo
     ]
     taken.append((plot.x.start, plot.y.start - 34, plot.x.start + 70, plot.y.start))
     found = []
-    for point in points:
-        x, y, wide = plot.x(point.x[0]), plot.y(point.y[0]), CHARACTER * 1.08 * len(point.name)
+    for point, shown in zip(points, named, strict=True):
+        if not shown:
+            found.append(((0.0, 0.0), "start"))
+            continue
+        x, y, wide = plot.x(point.x[0]), plot.y(point.y[0]), CHARACTER * 1.1 * len(_name(point))
         offers = [
             (dx, dy, anchor)
             for reach in (0, 14, 28, 42, 56)
@@ -337,7 +356,7 @@ def intervals(
     y = 4.0
     for row in rows:
         if row.name:
-            parts.append(text(0, y + 15, row.name, "label"))
+            parts.append(text(0, y + 15, clipped(row.name, 52), "label"))
             y += 24
         whisker = (
             f"M{number(plot.x(row.low * scale))} {number(y + 5)}H{number(plot.x(row.high * scale))}"
@@ -369,7 +388,7 @@ def bars(
     most = max((sum(bar.parts) for _, members in groups for bar in members), default=1.0) or 1.0
     longest = max((len(bar.name) for _, members in groups for bar in members), default=0)
     note = max((len(bar.note) for _, members in groups for bar in members), default=0)
-    left = min(170.0, 14 + CHARACTER * longest)
+    left = min(14 + CHARACTER * 20, 14 + CHARACTER * longest)
     height = 18 + sum(24 + 20 * len(members) for _, members in groups) + 46
     plot = frame(WIDTH, height, (0, most), (0, 1), [], top=0)
     right = WIDTH - 14 - CHARACTER * note
@@ -382,12 +401,11 @@ def bars(
         for bar in members:
             start, middle = plot.x(0), plot.x(bar.parts[0])
             end = plot.x(sum(bar.parts))
-            words = bar.name if len(bar.name) <= 24 else bar.name[:23] + "\N{HORIZONTAL ELLIPSIS}"
             parts.append(
                 element(
                     "g",
                     element("title", bar.title),
-                    text(left - 9, y + 12, words, "tick ink", "end"),
+                    text(left - 9, y + 12, clipped(bar.name, 20), "tick ink", "end"),
                     element(
                         "rect", x=start, y=y + 2, width=middle - start, height=13.0, class_="fill"
                     ),
