@@ -468,7 +468,7 @@ def test_a_teacher_that_runs_here(data: Path, tmp_path: Path):
     import tiny
 
     model = tiny.write_model(tmp_path / "tiny", config={"max_position_embeddings": 16384})
-    small = {"n": 2, "retries": 0, "jailbreaks": 0, "max_new_tokens": 3}
+    small: dict[str, Any] = {"n": 2, "retries": 0, "jailbreaks": 0, "max_new_tokens": 3}
     made = {}
     for teacher, slots in (("local", 2), ("local", 7), ("self", 3)):
         out = tmp_path / f"{teacher}{slots}"
