@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from saro_jax.evaluation.results import METRICS, Benchmark, Difference, Rate, Results
-from saro_jax.reporting import charts
+from saro_jax.reporting import charts, plane
 from saro_jax.reporting.svg import clipped
 from saro_jax.reporting.tables import (
     DASH,
@@ -249,12 +249,12 @@ def _plane(
         if x is None or y is None:
             continue
         weak |= x.weak or y.weak
-        points.append(charts.Point(name, style, (x.share, x.low, x.high), (y.share, y.low, y.high)))
+        points.append(plane.Point(name, style, (x.share, x.low, x.high), (y.share, y.low, y.high)))
     if not points:
         return None
     title = _named(results, bench, view) + ("" if other == bench else f" and {other.title}")
     return Figure(
-        charts.plane(
+        plane.draw(
             f"Safety and over-refusal: {title}",
             f"{len(points)} models; lower is better on both axes.",
             points,
@@ -264,5 +264,5 @@ def _plane(
         f"Safety and over-refusal: {title}",
         "Filled: on the Pareto front, no other model is better in one and as good in the other. "
         "Bars: 95 % intervals." + (f" {WEAK.capitalize()}." if weak else ""),
-        "" if charts.all_named(points) else charts.legend([(p.name, p.style) for p in points]),
+        "" if plane.all_named(points) else charts.legend([(p.name, p.style) for p in points]),
     )
