@@ -468,7 +468,7 @@ def test_a_teacher_that_runs_here(data: Path, tmp_path: Path):
     import tiny
 
     model = tiny.write_model(tmp_path / "tiny", config={"max_position_embeddings": 16384})
-    small = {"n": 2, "retries": 0, "jailbreaks": 0, "max_new_tokens": 3}
+    small: dict[str, Any] = {"n": 2, "retries": 0, "jailbreaks": 0, "max_new_tokens": 3}
     made = {}
     for teacher, slots in (("local", 2), ("local", 7), ("self", 3)):
         out = tmp_path / f"{teacher}{slots}"
@@ -480,6 +480,19 @@ def test_a_teacher_that_runs_here(data: Path, tmp_path: Path):
     assert made["local2"]["drop_reasons"]["parse"] == 2 * 15
     assert contents(tmp_path / "local2") == contents(tmp_path / "local7")
     assert made["self3"]["report"]["flip_rate"]["prompts"] == 6
+    # What does not fit is rejected with its reason; that nothing fits ends the run.
+    narrow = tiny.write_model(tmp_path / "narrow", config={"max_position_embeddings": 4096})
+    given = small | {"teacher": "local", "teacher_model": str(narrow)}
+    less = synthesize.run(config(data, wrapped_benign=0, **given), tmp_path / "less")
+    assert less["drop_reasons"]["no answer"] > 0 and less["drop_reasons"]["parse"] > 0
+    assert (
+        "3 exceed the model's 4096 positions"
+        in (tmp_path / "less" / "rejects" / "prompts.jsonl").read_text()
+    )
+    none = tiny.write_model(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"none: no request succeeded: .* tokens"):
+        given = small | {"teacher": "local", "teacher_model": str(none)}
+        synthesize.run(config(data, wrapped_benign=0, **given), tmp_path / "no")
 
 
 def test_labels_guard_scores_repairs_and_shortening(data: Path, tmp_path: Path):

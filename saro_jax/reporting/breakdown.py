@@ -1,6 +1,8 @@
 """Owns the parts of a comparison: all metrics, tokens, categories, judges, what was run."""
 
-from saro_jax.evaluation.results import METRICS, Rate, Results
+from collections.abc import Sequence
+
+from saro_jax.evaluation.results import METRICS, Cost, Rate, Results
 from saro_jax.records import KINDS
 from saro_jax.reporting import charts
 from saro_jax.reporting.comparison import (
@@ -57,76 +59,30 @@ def all_metrics(results: Results) -> Table:
 
 def costs(results: Results) -> Section:
     """Tokens by kind of prompt, over all benchmarks."""
-    names = styles(results)
-    figures, rows = [], []
-    mine = [c for c in results.costs if c.benchmark is None]
-    for view in dict.fromkeys(cost.view for cost in mine):
-        groups = []
-        for kind in KINDS:
-            members = []
-            for name, style in names.items():
-                cost = next(
-                    (c for c in mine if (c.model, c.view, c.kind) == (name, view, kind)), None
-                )
-                if cost is None:
-                    continue
-                over = cost.overhead
-                said = "baseline" if name == results.baseline else DASH
-                if over is not None:
-                    said = f"{signed(100 * over.ratio, 0)} %"
-                members.append(
-                    charts.Bar(
-                        name,
-                        style,
-                        (cost.mean_reasoning_tokens, cost.mean_answer_tokens),
-                        f"{cost.mean_tokens:.0f}" + (f" ({said})" if over is not None else ""),
-                        f"{name}, {kind}: {cost.mean_tokens:.1f} tokens on average, of these "
-                        f"{cost.mean_reasoning_tokens:.1f} reasoning; 95th percentile "
-                        f"{cost.p95_tokens:.0f}; n = {cost.n}",
-                    )
-                )
-                spread = between(over.low, over.high) if over is not None else ""
-                rows.append(
-                    [
-                        *cells(kind, name),
-                        *cells(view, f"{cost.n:,}", f"{cost.mean_tokens:.0f}"),
-                        *cells(
-                            f"{cost.mean_reasoning_tokens:.0f}", f"{cost.mean_answer_tokens:.0f}"
-                        ),
-                        *cells(f"{cost.p95_tokens:.0f}", Cell(said, (spread,) if spread else ())),
-                    ]
-                )
-            if members:
-                groups.append((kind, members))
-        if groups:
-            title = f"Tokens of a response ({view})"
-            figures.append(
-                Figure(
-                    charts.bars(title, "Mean tokens by kind of prompt.", groups, "mean tokens"),
-                    title,
-                    "Full colour: reasoning; pale: answer. In brackets: more than "
-                    f"{results.baseline} on the same kind of prompt.",
-                )
-            )
+    mine = [cost for cost in results.costs if cost.benchmark is None]
+    seen = list(dict.fromkeys(cost.view for cost in mine))
+    order = {name: i for i, name in enumerate(styles(results))}
+    mine.sort(key=lambda c: (seen.index(c.view), KINDS.index(c.kind), order[c.model]))
+    figures = [_token_bars(results, [c for c in mine if c.view == v], len(seen) > 1) for v in seen]
+    rows = [
+        [
+            *cells(cost.kind, cost.model, *([cost.view] if len(seen) > 1 else [])),
+            *cells(f"{cost.n:,}", f"{cost.mean_tokens:.0f}", f"{cost.mean_reasoning_tokens:.0f}"),
+            *cells(f"{cost.mean_answer_tokens:.0f}", f"{cost.p95_tokens:.0f}"),
+            _overhead(cost, results.baseline),
+        ]
+        for cost in mine
+    ]
+    heads = ["prompts", "model", *(["view"] if len(seen) > 1 else [])]
     table = Table(
         "tokens",
         "Tokens by kind of prompt",
-        [
-            "prompts",
-            "model",
-            "view",
-            "n",
-            "mean",
-            "reasoning",
-            "answer",
-            "95th percentile",
-            "overhead",
-        ],
+        [*heads, "n", "mean", "reasoning", "answer", "p95", "overhead"],
         rows,
-        heads=2,
-        left=frozenset({2}),
-        note="Tokens that were generated; overhead: mean over the baseline's mean, less 1, with "
-        "its 95 % interval. A mean over all kinds would hide the mix of kinds and is not given.",
+        heads=len(heads),
+        fold=len(rows) > 24,
+        note="Generated tokens; p95: 95th percentile; overhead: mean over the baseline's mean, "
+        "less 1, with its 95 % interval. A mean over all kinds would hide their mix.",
     )
     return Section(
         "cost",
@@ -135,6 +91,39 @@ def costs(results: Results) -> Section:
         figures,
         [table] if rows else [],
         "" if rows else "No token counts in the evaluation.",
+    )
+
+
+def _overhead(cost: Cost, baseline: str) -> Cell:
+    if cost.overhead is None:
+        return Cell("baseline" if cost.model == baseline else DASH)
+    said = f"{signed(100 * cost.overhead.ratio, 0)}\N{NARROW NO-BREAK SPACE}%"
+    return Cell(said, (between(cost.overhead.low, cost.overhead.high),))
+
+
+def _token_bars(results: Results, costs: Sequence[Cost], several: bool) -> Figure:
+    """Bars of one view's tokens in groups of kinds."""
+    names = styles(results)
+    groups: dict[str, list[charts.Bar]] = {}
+    for cost in costs:
+        over = _overhead(cost, results.baseline).text
+        groups.setdefault(cost.kind, []).append(
+            charts.Bar(
+                cost.model,
+                names[cost.model],
+                (cost.mean_reasoning_tokens, cost.mean_answer_tokens),
+                f"{cost.mean_tokens:.0f}" + (f" ({over})" if cost.overhead is not None else ""),
+                f"{cost.model}, {cost.kind}: {cost.mean_tokens:.1f} tokens on average, of these "
+                f"{cost.mean_reasoning_tokens:.1f} reasoning; 95th percentile "
+                f"{cost.p95_tokens:.0f}; n = {cost.n}",
+            )
+        )
+    title = "Tokens of a response" + (f" ({costs[0].view})" if several else "")
+    return Figure(
+        charts.bars(title, "Mean tokens by kind of prompt.", list(groups.items()), "mean tokens"),
+        title,
+        "Full colour: reasoning; pale: answer. In brackets: more than "
+        f"{results.baseline} on the same kind of prompt.",
     )
 
 
@@ -173,8 +162,8 @@ def categories(results: Results) -> Section:
     return Section(
         "categories",
         "By category",
-        "Darker means more of the metric; each cell has its value and, when pointed at, its "
-        "interval. Few prompts stand behind most cells: read the intervals before a difference.",
+        "A stronger colour means more of the metric; each cell has its value and, when pointed "
+        "at, its interval. Few prompts stand behind most cells: read the intervals first.",
         tables=tables,
         empty="" if tables else "The benchmarks of this evaluation have no categories.",
     )

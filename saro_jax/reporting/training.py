@@ -50,7 +50,7 @@ def section(runs: Sequence[Training]) -> Section:
 
 def run_figures(run: Training) -> list[Figure]:
     """The charts of one run."""
-    about = f"{run.name} ({run.stage})"
+    about = run.name if run.stage in run.name else f"{run.name} ({run.stage})"
     loss = [("train", 1, run.series("loss")), ("held out", 2, run.series("eval_loss"))]
     figures = [_figure(about, "Loss", "loss", loss)]
     for metric, title, meaning in PER_KIND:
@@ -85,11 +85,11 @@ def _figure(about: str, title: str, meaning: str, lines, share: bool = False) ->
             series,
             "step",
             meaning,
-            y_range=(0.0, 1.0) if share else None,
+            y_range=(min(0.4, *(y for s in series for _, y in s.points)), 1.0) if share else None,
             shares=share,
         ),
         f"{title} \N{MIDDLE DOT} {about}",
-        legend=charts.legend([(s.name, s.style) for s in series], lines=True)
+        legend=charts.legend([(s.name, s.style) for s in series], dashes=False)
         if len(series) > 1
         else "",
     )

@@ -49,6 +49,11 @@ def columns(transcripts: Sequence[Transcript], results: Results | None) -> dict[
     def place(key: str, name: str) -> int:
         return names[key].setdefault(name, len(names[key]))
 
+    order = [bench.name for bench in results.benchmarks] if results is not None else []
+    transcripts = sorted(
+        transcripts,
+        key=lambda one: order.index(one.benchmark) if one.benchmark in order else len(order),
+    )
     prompts: dict[tuple[str, str, str], int] = {}
     rows: list[list[Any]] = []
     for one in transcripts:
