@@ -52,7 +52,7 @@ from saro_jax.data.packing import round_up
 from saro_jax.data.rows import PreferenceRow
 from saro_jax.evaluation.results import Transcript, read_transcripts, transcript_files
 from saro_jax.generation.local import Local
-from saro_jax.models import hub, huggingface
+from saro_jax.models import huggingface, peft
 from saro_jax.records import Input, Journal, Reject, Stage
 from saro_jax.text import chat
 from saro_jax.text import policy as policies
@@ -63,10 +63,11 @@ T = TypeVar("T", Asked, reflections.Tampered)
 
 @dataclass(frozen=True)
 class Model:
-    """A model by its name, with its folder and the hash of its weights."""
+    """A model by its name: its folder, adapters beside it, and the hash of its weights."""
 
     name: str
     folder: Path
+    adapter: Path | None
     sha: str
 
 
@@ -74,7 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     flags = [
         Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart"),
-        Flag("model", "NAME=PATH: folder, .gguf file or Hub id", required=True, many=True),
+        Flag(
+            "model",
+            "NAME=PATH: model or adapter folder, .gguf file or Hub id",
+            required=True,
+            many=True,
+        ),
         Flag("prompts", "SOURCE or KIND=SOURCE: file, folder or Hub id", many=True),
         Flag("pairs", "preference rows with reasoning: file, folder or Hub id"),
         Flag("transcripts", "folder of an evaluation of these models", parse=Path),
@@ -148,8 +154,7 @@ def run(
     inputs += more + [Input.of_file(Path(path) / margins.FILE) for path in (runs or {}).values()]
     if not asked and not answered and not curves and not preferred:
         raise ValueError("nothing to analyse: give --prompts, --pairs, --transcripts or --run")
-    loaded = [Model(name, hub.resolve(path), "") for name, path in models.items()]
-    loaded = [Model(one.name, one.folder, huggingface.weights_hash(one.folder)) for one in loaded]
+    loaded = [_model(name, path) for name, path in models.items()]
     stage = Stage(
         "analyse",
         settings.model_dump(mode="json")
@@ -323,6 +328,15 @@ def _parts(
     return found
 
 
+def _model(name: str, path: str) -> Model:
+    folder, adapter = peft.resolve(path)
+    sha = huggingface.weights_hash(folder)
+    if adapter is not None:
+        own = [records.file_sha256(adapter / one) for one in (peft.CONFIG, peft.WEIGHTS)]
+        sha = records.sha256(" ".join([sha, *own]))
+    return Model(name, folder, adapter, sha)
+
+
 def _plain(one: Any) -> dict[str, Any]:
     return vars(one) if isinstance(one, Reject) else one.model_dump(mode="json")
 
@@ -332,7 +346,7 @@ def _load(config: Config, model: Model) -> tuple[Any, Any, Any]:
     tokenizer = chat.load_tokenizer(model.folder, config.model.chat_template)
     return (
         arch,
-        huggingface.load_params(model.folder, arch, jnp.dtype(config.model.dtype)),
+        peft.load_params(model.folder, model.adapter, arch, jnp.dtype(config.model.dtype)),
         tokenizer,
     )
 
