@@ -75,9 +75,9 @@ def config(files: dict[str, Path], **more: Any):
     return configuration.load("quickstart", [*flags, "--data.train=x"], "srpo")
 
 
-def run(files, out, policy=None, **more) -> dict[str, Any]:
-    policy = policy or pairing.FakePolicy()
-    return stage.run(config(files, **more), out, generator=policy, tokenizer=tiny.tokenizer())
+def run(files, out, fake=None, **more) -> dict[str, Any]:
+    fake = fake or pairing.FakePolicy()
+    return stage.run(config(files, **more), out, generator=fake, tokenizer=tiny.tokenizer())
 
 
 @pytest.fixture(scope="module")
