@@ -3,8 +3,10 @@
 What goes on inside models, the first of which is the one that the others are compared with:
 
 --prompts       overlap of harmful, jailbreak, benign, borderline and wrapped prompts in hidden
-                space, layer by layer; maps; a linear probe of harmful intent at the prompt's end
---transcripts   of an evaluation's folder: the probe after each reasoning step
+                space, layer by layer; maps; a linear probe of harmful intent at the prompt's end;
+                how often harmful ones are answered after a prefilled opening of k tokens
+--transcripts   of an evaluation's folder: the probe after each reasoning step; what becomes of
+                answers whose reflections are deleted, banned, swapped or led astray
 --pairs         of preferences: rewards of the models over the first; how much more probable their
                 reasoning makes the safe answer, against shuffled and foreign reasoning
 --run           a folder of `train --stage=srpo`: reward margins and accuracies by kind of pairs
@@ -19,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,7 @@ from tqdm import tqdm
 from saro_jax import config as configuration
 from saro_jax import records
 from saro_jax.analysis import (
+    depth,
     likelihood,
     linear,
     maps,
@@ -35,6 +38,7 @@ from saro_jax.analysis import (
     overlap,
     pool,
     probes,
+    reflections,
     results,
     states,
     table,
@@ -47,12 +51,14 @@ from saro_jax.data import rows as preference_rows
 from saro_jax.data.packing import round_up
 from saro_jax.data.rows import PreferenceRow
 from saro_jax.evaluation.results import Transcript, read_transcripts, transcript_files
+from saro_jax.generation.local import Local
 from saro_jax.models import hub, huggingface
 from saro_jax.records import Input, Journal, Reject, Stage
 from saro_jax.text import chat
 from saro_jax.text import policy as policies
 
 LEAST = 10  # prompts of a group
+T = TypeVar("T", Asked, reflections.Tampered)
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,7 @@ def run(
     """Analyse in `out` and return the manifest; nothing is done where it is there already."""
     linear.check()
     settings = config.analyse
+    _depths(settings.depth)  # before anything is read
     asked, rejects, inputs = _prompts(config, prompts)
     preferred, more = _preferences(config, pairs)
     inputs += more
@@ -229,6 +236,16 @@ def _preferences(config: Config, source: str | None) -> tuple[list[PreferenceRow
     return [row for row in read if row.id in keep], [about]
 
 
+def _depths(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(":")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 0 or len(set(found)) < len(found):
+        raise ValueError(f"analyse.depth={text}: expected different counts >= 0 like 0:1:2:4:8")
+    return found
+
+
 def _counted(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{size} {group}" for group, size in sizes.items() if size) or "none"
 
@@ -272,12 +289,23 @@ def _parts(
     """All results of a model; those that the journal holds are not computed again."""
     work: dict[str, Callable[..., dict[str, list[Any]]]] = {}
     usable = [one for one, reason in answered if not reason]
+    tampered = reflections.tampered([one for one, _ in answered], config.seed)
     if asked:
         work["prompts"] = partial(_of_prompts, config, model, asked, bool(usable))
+    attacked = _drawn([one for one in asked if one.group == "harmful"], config, "depth")
+    if attacked:
+        work["depth"] = partial(_of_depth, config, model, attacked)
     if preferred:
         work["pairs"] = partial(_of_pairs, config, model, preferred)
     if usable:
         work["transcripts"] = partial(_of_transcripts, config, model, usable)
+    changed = [
+        one
+        for test in reflections.TESTS
+        for one in _drawn([one for one in tampered if one.test == test], config, test)
+    ]
+    if changed:
+        work["reflections"] = partial(_of_reflections, config, model, changed)
     found: dict[str, list[Any]] = {}
     loaded: tuple[Any, Any, Any] | None = None
     for part, compute in work.items():
@@ -453,6 +481,74 @@ def _of_pairs(
         for name, before in likelihood.contexts(given, config.seed).items()
     }
     return found | {"likelihood": likelihood.gains(model.name, after, given, config.seed)}
+
+
+def _of_depth(
+    config: Config,
+    model: Model,
+    asked: Sequence[Asked],
+    arch: Any,
+    params: Any,
+    tokenizer: Any,
+    tell: Callable[[int], Any],
+) -> dict[str, list[Any]]:
+    """How often harmful prompts are answered after a prefilled opening."""
+    curve = depth.curve(
+        _generator(config, model, arch, params, tokenizer),
+        tokenizer,
+        asked,
+        _depths(config.analyse.depth),
+        max_new_tokens=config.analyse.max_new_tokens,
+        seed=config.seed,
+        progress=tell,
+    )
+    return {"depth": curve}
+
+
+def _of_reflections(
+    config: Config,
+    model: Model,
+    changed: Sequence[reflections.Tampered],
+    arch: Any,
+    params: Any,
+    tokenizer: Any,
+    tell: Callable[[int], Any],
+) -> dict[str, list[Any]]:
+    """What becomes of answers after their reflections were changed."""
+    responses = reflections.continued(
+        _generator(config, model, arch, params, tokenizer),
+        changed,
+        max_new_tokens=config.analyse.max_new_tokens,
+        tries=config.analyse.tries,
+        seed=config.seed,
+        progress=tell,
+    )
+    left_out = [
+        Reject(one.id, f"a marker came again: in {config.analyse.tries} tries", model.name)
+        for one in changed
+        if one.id not in responses
+    ]
+    found = reflections.compare(model.name, changed, responses, config.seed)
+    return {"authenticity": found, "rejects": left_out}
+
+
+def _generator(config: Config, model: Model, arch: Any, params: Any, tokenizer: Any) -> Local:
+    return Local(
+        arch,
+        params,
+        tokenizer,
+        name=model.name,
+        sha=model.sha,
+        dtype=config.model.dtype,
+        slots=config.analyse.batch_size,
+    )
+
+
+def _drawn(given: Sequence[T], config: Config, test: str) -> list[T]:
+    """As many as analyse.prompts says, drawn by the seed, in their order."""
+    order = sorted(given, key=lambda one: records.sha256(f"{config.seed}:{test}:{one.id}"))
+    keep = {one.id for one in order[: config.analyse.prompts]}
+    return [one for one in given if one.id in keep]
 
 
 def _read(config: Config, arch: Any, params: Any, texts: Any, tell: Any) -> list[np.ndarray]:

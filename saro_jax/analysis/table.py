@@ -55,8 +55,29 @@ def summary(analysis: results.Analysis, manifest: Mapping[str, Any], out: Path) 
             f"{one.chosen:.1f} | {one.rejected:.1f} | {one.n} |"
             for one in checkpoints
         ]
+    if analysis.depth:
+        lines += ["", "| model | " + " | ".join(f"k={one}" for one in _depths(analysis)) + " | n |"]
+        lines.append("|---" * (2 + len(_depths(analysis))) + "|")
+        for model in analysis.models:
+            mine = {one.k: one for one in analysis.depth if one.model == model}
+            cells = [f"{mine[k].asr:.2f}" for k in _depths(analysis) if k in mine]
+            n = max((one.n for one in mine.values()), default=0)
+            lines.append(f"| {model} | {' | '.join(cells)} | {n} |")
+        lines.append("shares of harmful prompts not refused after k prefilled tokens of an opening")
+    if analysis.authenticity:
+        lines += ["", "| model | test | of | before | after | difference | n |"]
+        lines.append("|---|---|---|---|---|---|---|")
+        lines += [
+            f"| {one.model} | {one.test} | {one.metric} | {one.before:.2f} | {one.after:.2f} | "
+            f"{one.delta:+.2f} [{one.low:+.2f}, {one.high:+.2f}] | {one.n} |"
+            for one in analysis.authenticity
+        ]
     if manifest["drop_reasons"]:
         reasons = ", ".join(f"{count} {name}" for name, count in manifest["drop_reasons"].items())
         lines += ["", f"left out          {reasons}"]
     lines.append(f"all results       {out / results.FILE}")
     return "\n".join(lines)
+
+
+def _depths(analysis: results.Analysis) -> list[int]:
+    return sorted({one.k for one in analysis.depth})

@@ -661,8 +661,8 @@ class PairsConfig(Section):
     )
     guard: str | None = Field(
         default=None,
-        description="GUARD=MODEL that judges safety (llama_guard_2, llama_guard_3, shieldgemma, "
-        "wildguard); null = answers to harmful prompts count as unsafe where they do not refuse",
+        description="NAME=MODEL or NAME=MODEL@URL that judges safety, as judge --judges takes it; "
+        "null = answers to harmful prompts count as unsafe where they do not refuse",
     )
     audit: str | None = Field(
         default=None,
@@ -774,6 +774,31 @@ class PairsConfig(Section):
         default=0.95, gt=0, le=1, description="probability mass (0 to 1) they are sampled from"
     )
     max_new_tokens: int = Field(default=512, ge=1, description="tokens of a continuation at most")
+    slots: int = Field(default=16, ge=1, description="continuations under way at a time")
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None,
+        description="what continuations are computed in; null = float32 on a CPU, elsewhere "
+        "bfloat16",
+    )
+
+
+class PipelineConfig(Section):
+    """What the pipeline runs; only pipeline reads it."""
+
+    synthesize: bool = Field(
+        default=True, description="make RIT-D and warm up on it; false = on data.train as it is"
+    )
+    rounds: int = Field(
+        default=1,
+        ge=0,
+        description="times that rollouts are drawn and judged, pairs made of them and SRPO run, "
+        "each from the model of the round before; 0 = SRPO once, on data.train as it is",
+    )
+    judges: str = Field(
+        default="refusal",
+        description="judges of the rollouts, as judge --judges takes them: refusal, GUARD=MODEL, "
+        "RUBRIC=MODEL, separated by commas",
+    )
 
 
 class AnalyseConfig(Section):
@@ -804,6 +829,22 @@ class AnalyseConfig(Section):
     steps: int = Field(
         default=6, ge=0, description="reasoning steps after which the probe reads, the first ones"
     )
+    prompts: int = Field(
+        default=16,
+        ge=0,
+        description="prompts of each test that generates, drawn by the seed; 0 = none generates",
+    )
+    depth: str = Field(
+        default="0:1:2:4:8:16:32",
+        description="tokens of a compliant opening that are prefilled, one test each",
+    )
+    max_new_tokens: int = Field(
+        default=128, ge=1, description="tokens of a generated continuation at most"
+    )
+    tries: int = Field(
+        default=8, ge=1, description="times a continuation is drawn anew to be without markers"
+    )
+    batch_size: int = Field(default=16, ge=1, description="continuations generated at a time")
 
 
 class MeshConfig(Section):
@@ -865,6 +906,10 @@ class Config(Section):
     )
     analyse: AnalyseConfig = Field(
         default_factory=AnalyseConfig, description="analyses of models; only analyse reads it"
+    )
+    pipeline: PipelineConfig = Field(
+        default_factory=PipelineConfig,
+        description="which stages the pipeline runs; only pipeline reads it",
     )
     mesh: MeshConfig = Field(default_factory=MeshConfig, description="how the devices are laid out")
     seed: int = Field(
