@@ -80,6 +80,7 @@ def costs(results: Results) -> Section:
         [*heads, "n", "mean", "reasoning", "answer", "p95", "overhead"],
         rows,
         heads=len(heads),
+        fold=len(rows) > 24,
         note="Generated tokens; p95: 95th percentile; overhead: mean over the baseline's mean, "
         "less 1, with its 95 % interval. A mean over all kinds would hide their mix.",
     )

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from saro_jax.evaluation.results import METRICS, Benchmark, Difference, Rate, Results
-from saro_jax.reporting import charts
+from saro_jax.reporting import charts, plane
+from saro_jax.reporting.svg import clipped
 from saro_jax.reporting.tables import (
     DASH,
     Cell,
@@ -20,6 +21,7 @@ UNSAFE = ("asr_answer", "non_refusal")  # the first that a benchmark has is its 
 ALPHA = 0.05
 NOTABLE = 0.02  # share of missing answers from which a benchmark's headline tells of them
 MOST_PLANES = 6
+MOST_DIFFERENCES = 36  # in a chart: the table has all
 WEAK = "weak judge"
 WEAK_NOTE = (
     "Weak judge: the verdicts come from a judge that cannot tell what the metric's name says, or "
@@ -46,6 +48,12 @@ def whole(results: Results) -> dict[tuple[str, str, str, str], Rate]:
 def views(results: Results, benchmark: str) -> list[str]:
     """The views in which a benchmark was run, in the order of the rates."""
     return list(dict.fromkeys(r.view for r in results.rates if r.benchmark == benchmark))
+
+
+def _named(results: Results, bench: Benchmark, view: str) -> str:
+    """A benchmark's title, with the view where it was run in several."""
+    several = len(views(results, bench.name)) > 1
+    return bench.title + (f" \N{MIDDLE DOT} {view}" if several else "")
 
 
 def unsafe_metric(rates: Iterable[tuple[str, str, str, str]], benchmark: str) -> str | None:
@@ -78,8 +86,7 @@ def headline(results: Results) -> Table:
     rates, against = whole(results), against_baseline(results)
     rows, weak = [], False
     for bench in results.benchmarks:
-        seen = views(results, bench.name)
-        for view in seen:
+        for view in views(results, bench.name):
             for metric in headline_metrics(results, bench, view):
                 found = [rates.get((bench.name, view, metric, name)) for name in names]
                 is_weak = any(rate is not None and rate.weak for rate in found)
@@ -88,7 +95,7 @@ def headline(results: Results) -> Table:
                 n = max(rate.n for rate in found if rate is not None)
                 direction = f"{better} is better" if better else "neither way is better"
                 head = Cell(
-                    bench.title + (f" \N{MIDDLE DOT} {view}" if len(seen) > 1 else ""),
+                    _named(results, bench, view),
                     (f"{title}", f"n = {n:,} \N{MIDDLE DOT} {direction}"),
                     badge=WEAK if is_weak else "",
                 )
@@ -160,12 +167,14 @@ def differences_chart(results: Results) -> Figure | None:
     for bench in results.benchmarks:
         for view in views(results, bench.name):
             for metric in headline_metrics(results, bench, view):
+                if metric == "incomplete" or len(rows) > MOST_DIFFERENCES:
+                    continue
                 first = True
                 for name, style in names.items():
                     d = against.get((bench.name, view, metric, name))
                     if d is None:
                         continue
-                    label = f"{bench.title}: {_brief(metric)}" if first else ""
+                    label = f"{_named(results, bench, view)}: {_brief(metric)}" if first else ""
                     first = False
                     rows.append(
                         charts.Interval(
@@ -240,20 +249,20 @@ def _plane(
         if x is None or y is None:
             continue
         weak |= x.weak or y.weak
-        points.append(charts.Point(name, style, (x.share, x.low, x.high), (y.share, y.low, y.high)))
+        points.append(plane.Point(name, style, (x.share, x.low, x.high), (y.share, y.low, y.high)))
     if not points:
         return None
-    title = bench.title if other == bench else f"{bench.title} and {other.title}"
-    title += f" ({view})" if len(views(results, bench.name)) > 1 else ""
+    title = _named(results, bench, view) + ("" if other == bench else f" and {other.title}")
     return Figure(
-        charts.plane(
+        plane.draw(
             f"Safety and over-refusal: {title}",
             f"{len(points)} models; lower is better on both axes.",
             points,
-            f"over-refusal, {other.title}",
-            f"{METRICS[metric].title}, {bench.title}",
+            f"over-refusal, {clipped(other.title, 32)}",
+            METRICS[metric].title,
         ),
         f"Safety and over-refusal: {title}",
         "Filled: on the Pareto front, no other model is better in one and as good in the other. "
         "Bars: 95 % intervals." + (f" {WEAK.capitalize()}." if weak else ""),
+        "" if plane.all_named(points) else charts.legend([(p.name, p.style) for p in points]),
     )
