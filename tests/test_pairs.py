@@ -75,9 +75,9 @@ def config(files: dict[str, Path], **more: Any):
     return configuration.load("quickstart", [*flags, "--data.train=x"], "srpo")
 
 
-def run(files, out, policy=None, **more) -> dict[str, Any]:
-    policy = policy or pairing.FakePolicy()
-    return stage.run(config(files, **more), out, generator=policy, tokenizer=tiny.tokenizer())
+def run(files, out, fake=None, **more) -> dict[str, Any]:
+    fake = fake or pairing.FakePolicy()
+    return stage.run(config(files, **more), out, generator=fake, tokenizer=tiny.tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_the_same_files_wherever_it_was_stopped_and_nothing_asked_twice(files, m
     assert not again.asked
 
 
-def test_a_pair_leads_back_to_prompt_model_and_policy(made):
+def test_a_pair_leads_back_to_prompt_model_and_policy(made, capsys):
     out, _ = made
     by_kind = {pair.kind: pair for pair in records.read(out / "pairs.jsonl", Pref)}
     for kind, pair in by_kind.items():
@@ -192,6 +192,10 @@ def test_a_pair_leads_back_to_prompt_model_and_policy(made):
         assert found["policy_versions"] == [made[1]["policy_version"], "saro-1"]
         assert found["model_shas"] == ["0" * 16, "1" * 16]
         assert found["stages"] == ["pairs", "before"]
+    assert records.main([f"--file={out / 'pairs.jsonl'}", f"--id={pair.id}"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+    assert records.main([f"--file={out / 'pairs.jsonl'}", "--id=nothing"]) == 2
+    assert "no record with the id 'nothing'" in capsys.readouterr().err
 
 
 # What changes when a setting does; `traces`, `prompts`, `ritd` are the inputs themselves.
