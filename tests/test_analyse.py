@@ -295,6 +295,7 @@ def test_a_depth_that_is_none_is_refused(data: Path, tmp_path: Path):
         (["--model=base=x"], "--model=base=x: the name 'base' is given twice"),
         (["--transcripts=HERE"], "none of the models base; there are none"),
         (["--run=a=HERE"], "metrics.jsonl: cannot be read"),
+        (["--prompts=HERE/benign.jsonl"], "benign.jsonl: no kind: got None, expected harmful or"),
         (["--prompts=harm=HERE/harmful.jsonl"], "expected harmful or jailbreak or"),
         (["--prompts=harmful=HERE/few.jsonl", "--prompts=benign=HERE/benign.jsonl"], "3 prompts"),
     ],
