@@ -19,11 +19,11 @@ command goes on where an earlier one was stopped. docs/analyse.md says what each
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from saro_jax import config as configuration
 from saro_jax import records
-from saro_jax.analysis import linear, margins, parts, pool, reflections, results, table
+from saro_jax.analysis import linear, margins, parts, pool, results, table
 from saro_jax.analysis.pool import GROUPS, Asked
 from saro_jax.config import Config, Flag
 from saro_jax.data import prompts as prompt_sources
@@ -34,7 +34,6 @@ from saro_jax.records import Input, Journal, Reject, Stage
 from saro_jax.text import policy as policies
 
 LEAST = 10  # prompts of a group
-T = TypeVar("T", Asked, reflections.Tampered)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -177,6 +176,8 @@ def _prompts(config: Config, given: Sequence[str]) -> tuple[list[Asked], list[Re
     read, rejects, inputs = prompt_sources.read(
         sources, prompt_sources.column_map([], ""), policies.load(), config.data.split
     )
+    if not read:
+        raise ValueError(f"--prompts: no prompt in {given[0]}: {rejects[0].reason}")
     asked, rest = pool.choose(
         read, settings.per_group, settings.jailbreaks, settings.wrapped, config.seed
     )
