@@ -15,7 +15,10 @@ from saro_jax.config.values import as_typed, nearest, type_name
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of a stage beside the tree: `--name=value`, or `--name` alone for a switch."""
+    """A flag of a stage beside the tree: `--name=value`, or `--name` alone for a switch.
+
+    One that can be given `several` times comes as the list of its values.
+    """
 
     name: str
     help: str
@@ -24,6 +27,7 @@ class Flag:
     choices: tuple[str, ...] = ()
     required: bool = False
     switch: bool = False
+    several: bool = False
 
     @property
     def key(self) -> str:
@@ -67,6 +71,8 @@ def parse_command_line(
             text = rest.pop(0)
         if flag is None:
             overrides.append(f"--{name}={text}")
+        elif flag.several:
+            values.setdefault(flag.key, []).append(_flag_value(flag, text))
         elif flag.key in values:
             raise ValueError(f"--{name}={text}: given twice")
         else:
