@@ -3,7 +3,7 @@
     python benchmarks/maxtext_tpu.py --maxtext-python=VENV/bin/python [--topology=v5p-32]
 
 VENV: Python 3.12 with `pip install 'maxtext[tpu]==0.2.5'`. Its own `train_compile` compiles its
-step of Llama-3.1-8B, one row of 4096 tokens a device, remat full; `parallel/hlo.py` and
+step of Llama-3.1-8B, one row of 4096 tokens a device, remat full; `parallel/hlo_walk.py` and
 `parallel/schedule.py` then read the program as they read ours. Times are estimates.
 """
 
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from saro_jax.parallel import hlo, schedule, topologies
+from saro_jax.parallel import hlo, hlo_walk, schedule, topologies
 
 TOKENS, HEADS, WIDTH, BLOCK = 4096, 32, 128, 512
 # Its attention kernels by a part of their name: products of queries and keys, or alike, in each.
@@ -75,7 +75,7 @@ def main() -> None:
         )
         module = hlo.parse(Path(out + ".hlo").read_text())
         memory = json.loads(Path(out + ".json").read_text())
-    found = hlo.totals(module, kernels=kernel_flops)
+    found = hlo_walk.totals(module, kernels=kernel_flops)
     times = schedule.estimate(module, topology.chip, kernels=kernel_flops)
     report = {
         "peak_gib": memory["peak_bytes"] / topologies.GIB,

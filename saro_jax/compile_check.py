@@ -30,11 +30,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from saro_jax import config as configuration
 from saro_jax.config import Config, Flag
 from saro_jax.data import packing, pipeline
-from saro_jax.generation import engine
+from saro_jax.generation import engine, programs
 from saro_jax.models import decoder, flash, hub, huggingface
 from saro_jax.models.architecture import Architecture, from_hf
 from saro_jax.objectives.preference import SEGMENTS
-from saro_jax.parallel import hlo, schedule, sharding
+from saro_jax.parallel import hlo, hlo_walk, schedule, sharding
 from saro_jax.parallel import mesh as meshes
 from saro_jax.parallel import topologies as tpu
 from saro_jax.parallel.topologies import GIB, Topology
@@ -361,7 +361,7 @@ def _score(config: Config, arch, mesh: Mesh, length: int):
 def _sample(
     config: Config, arch, topology: Topology, mesh: Mesh, sizes: Mapping[str, int]
 ) -> Setup:
-    """The program of generation, with its parameters laid out over the mesh."""
+    """The two programs of generation, with parameters and cache laid out over the mesh."""
     batch, prompt, new = sizes["batch"], sizes["prompt"], sizes["new"]
     if prompt + new > arch.max_position_embeddings:
         raise ValueError(
@@ -370,26 +370,37 @@ def _sample(
         )
     dtype = jnp.dtype(config.model.dtype)
     params = _params(mesh, decoder.abstract_params(arch, dtype))
-    slots = engine.cache_slots(prompt + new)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    arguments = (
-        arch,
-        engine.Weights(params, params),
-        _scalar(mesh, jnp.int32, (batch, slots)),
-        _scalar(mesh, jnp.int32, (batch,)),
-        _scalar(mesh, jnp.int32, (batch,)),
-        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec())),
-        _scalar(mesh, jnp.bool_, (arch.vocab_size,)),
+    batch, at_once = engine.rounded(batch, mesh), engine.prompts_at_once(batch, mesh, "tpu")
+    slots, length = programs.sizes(prompt + new), programs.sizes(prompt - 1)
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, programs.partition(arch.num_kv_heads, batch, 5))
+    cache = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        jax.eval_shape(lambda: decoder.empty_cache(arch, batch, slots, dtype)),
     )
-    keywords = {
-        "sampling": engine.Sampling(1.0, 1.0, 0),
-        "new": new,
-        "slots": slots,
-        "dtype": dtype,
-    }
-    loops = {"prefill/while": math.ceil(prompt / engine.CHUNK), "while": new - 1}
-    cache = (
-        2.0 * arch.num_layers * batch * arch.num_kv_heads * slots * arch.head_dim * dtype.itemsize
+    state = jax.tree.map(lambda x: _scalar(mesh, x.dtype, x.shape), programs.idle(batch))
+    prefill = Program(
+        "prefill",
+        programs.prefill,
+        (arch, params, _scalar(mesh, jnp.int32, (at_once, length))),
+        {"dtype": dtype},
+        math.ceil(batch / at_once),
+        {"prefill/while": programs.prefill_parts(length)},
+    )
+    decode = Program(
+        "decode",
+        programs.burst,
+        (
+            arch,
+            programs.Weights(params, params),
+            cache,
+            state,
+            _scalar(mesh, jnp.bool_, (arch.vocab_size,)),
+            _scalar(mesh, jnp.int32),
+        ),
+        {"dtype": dtype},
+        math.ceil(new / programs.BURST),
+        {"while": programs.BURST},
     )
     area = batch * (prompt + new) * (prompt + new + 1) / 2
     work = Work(batch * (prompt + new), batch * new, area)
@@ -399,8 +410,8 @@ def _sample(
         arch,
         topology,
         mesh,
-        (Program("generate", engine.complete, arguments, keywords, 1, loops),),
-        {"parameters": _device_bytes(params), "cache (all of it)": cache},
+        (prefill, decode),
+        {"parameters": _device_bytes(params), "cache": _device_bytes(cache)},
         work,
         model_flops(arch, config, work, train=False),
         f"{batch} prompts of {prompt} tokens, {new} new tokens each, {slots} cache slots",
@@ -517,7 +528,7 @@ def check(setup: Setup) -> dict[str, Any]:
         "programs": [],
         "versions": configuration.provenance() | {"libtpu": _libtpu_version()},
     }
-    sums = hlo.Totals()
+    sums = hlo_walk.Totals()
     times = schedule.Times(busy={"compute": 0.0, "memory": 0.0, "network": 0.0})
     for program in setup.programs:
         entry, compiled = _compile(setup, program)
@@ -531,9 +542,9 @@ def check(setup: Setup) -> dict[str, Any]:
             "kernels": partial(kernel_flops, setup),
             "slice_devices": devices // setup.topology.slices,
         }
-        totals = hlo.totals(module, **options)
+        totals = hlo_walk.totals(module, **options)
         part = schedule.estimate(module, chip, **options)
-        hlo.add(sums, totals, program.times)
+        hlo_walk.add(sums, totals, program.times)
         for name in ("total", "products", "kernels", "memory", "exposed", "wire"):
             value = getattr(times, name) + program.times * getattr(part, name)
             setattr(times, name, value)
@@ -603,8 +614,7 @@ def _compile(setup: Setup, program: Program) -> tuple[dict[str, Any], Any]:
     """(what is known of the program, the executable or None where memory runs out)."""
     entry: dict[str, Any] = {"name": program.name, "times_a_step": program.times}
     start = time.monotonic()
-    # Generation runs without a mesh being set: its parameters bring their places with them.
-    with jax.set_mesh(setup.mesh) if setup.stage != "sample" else _Nothing():
+    with jax.set_mesh(setup.mesh):
         lowered = program.jitted.lower(*program.arguments, **program.keywords)
         try:
             compiled = lowered.compile()
@@ -638,14 +648,6 @@ def _compile(setup: Setup, program: Program) -> tuple[dict[str, Any], Any]:
         "temporary_bytes": memory.temp_size_in_bytes,
     }
     return entry, compiled
-
-
-class _Nothing:
-    def __enter__(self):
-        return None
-
-    def __exit__(self, *_):
-        return None
 
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}

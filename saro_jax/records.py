@@ -80,13 +80,20 @@ class Prompt(Record):
 
 
 class Sampler(Part):
-    """How a response was drawn; `seed` is that of this one response."""
+    """How a response was drawn; `seed` is that of this one response.
+
+    stop: texts that end it. think_tokens: after so many an unfinished thought is closed (budget
+    forcing); max_new_tokens bounds thought and answer together.
+    """
 
     temperature: float = Field(default=0.8, ge=0)
     top_p: float = Field(default=0.95, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
+    min_p: float = Field(default=0.0, ge=0, le=1)
     seed: int = Field(default=0, ge=0)
     max_new_tokens: int = Field(default=1024, ge=1)
+    think_tokens: int | None = Field(default=None, ge=1)
+    stop: tuple[Text, ...] = ()
 
 
 class Parsed(Part):

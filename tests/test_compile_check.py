@@ -51,7 +51,7 @@ def test_a_step_is_one_program_or_several(folder):
     assert resident == [("score", 2), ("accumulate", 2), ("update", 1)]
     assert names("score", folder) == [("score", 1)]
     sizes = {"batch": 2, "prompt": 64, "new": 32}
-    assert names("sample", folder, sizes=sizes) == [("generate", 1)]
+    assert names("sample", folder, sizes=sizes) == [("prefill", 1), ("decode", 1)]
 
 
 def test_blocks_come_from_the_recipe(folder):

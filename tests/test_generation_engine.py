@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_models_huggingface import FAMILIES, SIZES, make_folder
 
-from saro_jax.generation import engine
+from saro_jax.generation import engine, programs
 from saro_jax.generation.engine import Completion, generate
 from saro_jax.models import decoder, huggingface
 from saro_jax.models.architecture import from_hf
@@ -212,39 +212,6 @@ def test_cast_leaves_norms_alone(tiny):
     )
 
 
-def reference_truncation(logits: np.ndarray, top_p: float, top_k: int) -> set[int]:
-    """The tokens kept, by sorting."""
-    order = np.argsort(-logits)[: top_k or None]
-    p = np.exp(logits[order].astype(np.float64))
-    before = np.cumsum(p / p.sum()) - p / p.sum()
-    return set(order[before < top_p].tolist())
-
-
-@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 5), (0.9, 0), (0.5, 0), (0.8, 7), (1e-6, 0)])
-def test_truncation(top_p: float, top_k: int):
-    logits = np.random.default_rng(0).normal(size=(20, 200)).astype(np.float32) * 3
-    kept = np.isfinite(np.asarray(engine.truncate(jnp.asarray(logits), top_p, top_k)))
-    for row, mask in zip(logits, kept, strict=True):
-        assert set(np.flatnonzero(mask).tolist()) == reference_truncation(row, top_p, top_k)
-
-
-def test_truncation_keeps_ties_and_can_keep_all():
-    logits = jnp.log(jnp.asarray([[0.4, 0.2, 0.2, 0.2]]))
-    assert np.isfinite(engine.truncate(logits, 0.5, 0)).all()
-    assert np.isfinite(engine.truncate(logits, 1.0, 4)).all()
-    assert np.isfinite(engine.truncate(logits, 0.3, 0)).sum() == 1
-
-
-def test_samples_follow_the_tempered_distribution():
-    logits = np.random.default_rng(0).normal(size=8).astype(np.float32)
-    n = 20000
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), jnp.arange(n))
-    sampling = engine.Sampling(0.7, 1.0, 0)
-    drawn = engine._sample(jnp.tile(logits, (n, 1)), keys, jnp.int32(2), sampling)
-    want = np.exp(logits / 0.7) / np.exp(logits / 0.7).sum()
-    np.testing.assert_allclose(np.bincount(drawn, minlength=8) / n, want, atol=0.012)
-
-
 def test_batches_are_even_and_sorted():
     lengths = [3, 9, 1, 7, 7, 2, 8]
     found = engine.batches(lengths, 3)
@@ -256,7 +223,7 @@ def test_batches_are_even_and_sorted():
 def test_few_cache_sizes():
     sizes = {engine.cache_slots(n) for n in range(1, 8193)}
     assert all(engine.cache_slots(n) >= n for n in range(1, 8193))
-    assert all(size % engine.CHUNK == 0 for size in sizes)
+    assert all(size % programs.CHUNK == 0 for size in sizes)
     assert len(sizes) == 24
     assert engine.cache_slots(200) == 256
 

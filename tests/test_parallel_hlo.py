@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 from test_parallel_topologies import NEEDS_LIBTPU
 
-from saro_jax.parallel import hlo, schedule, topologies
+from saro_jax.parallel import hlo, hlo_costs, hlo_walk, schedule, topologies
 
 F32 = jnp.float32
 
@@ -20,8 +20,8 @@ def text(run, *shapes) -> Any:
     return jax.jit(run).lower(*(jax.ShapeDtypeStruct(s, F32) for s in shapes)).compile().as_text()
 
 
-def totals(run, *shapes, **options) -> hlo.Totals:
-    return hlo.totals(hlo.parse(text(run, *shapes)), **options)
+def totals(run, *shapes, **options) -> hlo_walk.Totals:
+    return hlo_walk.totals(hlo.parse(text(run, *shapes)), **options)
 
 
 def test_a_product():
@@ -134,7 +134,7 @@ ENTRY %main (x: f32[8,128], w: f32[16,8,128], k: f32[4,8,16]) -> f32[8,128] {
 
 
 def test_a_tpu_program_in_text():
-    found = hlo.totals(hlo.parse(TPU), slice_devices=2)
+    found = hlo_walk.totals(hlo.parse(TPU), slice_devices=2)
     assert found.unknown_loops == []
     # Every element of one operand meets every one of the other once; padding meets nothing.
     assert found.flops == 2 * 8 * 8 * 16 * (4 * 4)
@@ -151,7 +151,7 @@ def test_a_tpu_program_in_text():
     # In each trip the fusion reads x and one slice of w; its result is in the chip's own memory.
     module = hlo.parse(TPU)
     fusion = module.computations["body"]["fusion.1"]
-    assert hlo.hbm_bytes(module, "body", fusion) == 2 * array + 4
+    assert hlo_costs.hbm_bytes(module, "body", fusion) == 2 * array + 4
 
 
 NESTED = """HloModule jit_cache
@@ -195,14 +195,14 @@ ENTRY %main (q: f32[8,8], w: f32[64,8,128], i: s32[], c: f32[512,128], at: s32[4
 def test_a_layer_cut_from_the_stack_and_a_cache_written_in_place_count_by_the_part():
     module = hlo.parse(NESTED)
     main = module.computations["main"]
-    assert hlo.hbm_bytes(module, "main", main["f"]) == 4 * (8 * 8 + 2 * 8 * 128 + 1)
-    assert hlo.hbm_bytes(module, "main", main["g"]) == 4 * (4 + 3 * 4 * 128)
+    assert hlo_costs.hbm_bytes(module, "main", main["f"]) == 4 * (8 * 8 + 2 * 8 * 128 + 1)
+    assert hlo_costs.hbm_bytes(module, "main", main["g"]) == 4 * (4 + 3 * 4 * 128)
 
 
 def test_groups():
     def groups(attributes: str, size: int = 1 << 30):
         one = hlo.Instruction("x", "f32[]", "all-reduce", (), "", attributes, False)
-        return hlo.group_of(one, size)
+        return hlo_costs.group_of(one, size)
 
     assert groups("replica_groups={{0,1},{2,3}}", 2) == (2, False)
     assert groups("replica_groups={{0,2},{1,3}}", 2) == (2, True)
@@ -217,7 +217,7 @@ CHILD = """
 import jax, jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec as P
-from saro_jax.parallel import hlo
+from saro_jax.parallel import hlo, hlo_walk
 mesh = Mesh(jax.devices(), ("x",))
 def layer(x, w):
     return jnp.tanh(x @ lax.all_gather(w, "x", axis=0, tiled=True)), None
@@ -226,7 +226,7 @@ def run(x, w):
     return lax.psum((y * y).sum(), "x")
 step = jax.shard_map(run, mesh=mesh, in_specs=(P("x"), P(None, "x")), out_specs=P())
 shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((32, 64), (6, 64, 64))]
-found = hlo.totals(hlo.parse(jax.jit(step).lower(*shapes).compile().as_text()))
+found = hlo_walk.totals(hlo.parse(jax.jit(step).lower(*shapes).compile().as_text()))
 print(found.flops, found.by_kind())
 assert found.flops == 6 * 2 * 8 * 64 * 64
 kinds = {one.kind: one for one in found.collectives}
@@ -253,7 +253,7 @@ def test_wire_seconds():
     chip = topologies.CHIPS["v5p"]
 
     def seconds(kind: str, devices: int = 4, slices: bool = False) -> float:
-        one = hlo.Collective(kind, 1800_000_000, 1.0, devices, False, slices, "")
+        one = hlo_costs.Collective(kind, 1800_000_000, 1.0, devices, False, slices, "")
         return schedule.wire_seconds(one, chip) - schedule.LATENCY
 
     assert seconds("all-gather") == pytest.approx(0.0075)
@@ -292,7 +292,7 @@ def test_on_a_real_tpu_program():
         (6, 256, 256), jnp.bfloat16, sharding=NamedSharding(mesh, P(None, "x"))
     )
     compiled: Any = jax.jit(step).lower(x, w).compile()
-    found = hlo.totals(hlo.parse(compiled.as_text()))
+    found = hlo_walk.totals(hlo.parse(compiled.as_text()))
     assert found.unknown_loops == []
     assert found.flops == 6 * 2 * 128 * 256 * 256
     gathered = sum(one.bytes * one.count for one in found.collectives if one.kind == "all-gather")

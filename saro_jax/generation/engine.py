@@ -1,31 +1,37 @@
-"""Generation: prompts to sampled tokens and their log-probs, by a compiled loop over a KV cache.
+"""Continuous batching: jobs from a queue into slots, the compiled loop, and what came of each.
 
-Legend: B rows of a batch, C tokens of a prefill chunk, S cache slots, D hidden, V vocabulary,
-N new tokens.
+Legend: B slots, P prompts of one prefill, T tokens of a prompt.
 
-A batch is prefilled in chunks, so that memory for attention scores stays small however long the
-prompts are, and decoded by one `lax.while_loop` until its last row has finished. Prompts are
-right-padded. The slots of padding are written, then overwritten by the row's own new tokens before
-any query reaches so far: a query at position p attends slots 0..p, and slot p is written with it.
+A prompt is prefilled once and its keys and values are copied to a slot for each of its samples. All
+but its last token, that is: the decode loop begins with that one and so draws the first token too.
+A slot whose sample has ended gets the next one of the queue.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
+from saro_jax.generation import programs
+from saro_jax.generation.programs import BURST, FORCED, NONE, Weights, cast_matrices
+from saro_jax.generation.programs import sizes as cache_slots
+from saro_jax.generation.sampling import Sampling, key_words
 from saro_jax.models import decoder
 from saro_jax.models.architecture import Architecture
 from saro_jax.models.decoder import Cache, Params
+from saro_jax.parallel.mesh import row_shards
 
 F32 = jnp.float32
-CHUNK = 64  # tokens a row of one prefill step; cache sizes are multiples of it
+GREEDY = Sampling()
+Finish = Literal["stop", "length", "cut"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,40 +39,324 @@ class Completion:
     """What was generated after one prompt.
 
     ids: int32 [n], the stop token that ended it included. logps: float32 [n], log-probs under the
-    model itself, whatever temperature and truncation the tokens were drawn with. finish: "stop" or,
-    where max_new_tokens ran out, "length".
+    model itself, whatever temperature and truncation the tokens were drawn with. finish: "stop",
+    "length" where the limit was reached, "cut" where the job's review ended it. forced: tokens were
+    forced upon it.
     """
 
     ids: np.ndarray
     logps: np.ndarray
-    finish: Literal["stop", "length"]
+    finish: Finish
+    forced: bool = False
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn: temperature 0 is greedy; top_p 1 and top_k 0 truncate nothing."""
+class Cut(NamedTuple):
+    """A review's decision: the sample ends with its first `tokens` tokens."""
 
-    temperature: float
-    top_p: float
-    top_k: int
+    tokens: int
 
 
-class Weights(NamedTuple):
-    """The same parameters for the two phases: layers stacked, and perhaps unstacked."""
+class Force(NamedTuple):
+    """A review's decision: these ids follow (FORCED at most), after the first `tokens` tokens."""
 
-    prefill: Params
-    decode: Params
+    ids: tuple[int, ...]
+    tokens: int
 
 
-class State(NamedTuple):
-    """What the decode loop carries: rows of the batch, and the N columns filled so far."""
+# (ids so far, why the slot has stopped or None where it runs, whether ids were forced) -> decision
+Review = Callable[[np.ndarray, Finish | None, bool], Cut | Force | None]
 
-    step: jax.Array  # tokens that active rows have
-    active_B: jax.Array
-    length_B: jax.Array  # tokens in the sequence, the newest (not yet in the cache) included
-    ids_BN: jax.Array
-    logp_BN: jax.Array
-    cache: Cache | tuple[Cache, ...]
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A prompt (int ids, BOS and generation prompt included) and the samples wanted of it.
+
+    Token t of sample i is drawn with the key fold_in(fold_in(key(seed), i), t). numbers: each i.
+    pause: tokens after which the sample stops once, for its review. review: is asked about the ids
+    of a sample after every burst of decoding, so a decision takes no part in what is drawn before
+    the token that it is about.
+    """
+
+    prompt: np.ndarray
+    new: int
+    sampling: Sampling = GREEDY
+    seed: int = 0
+    numbers: Sequence[int] = (0,)
+    pause: int | None = None
+    review: Review | None = None
+
+
+@dataclass(eq=False)
+class _Prompt:
+    """A job with its prefilled rows, and the samples that are not in a slot yet."""
+
+    job: Job
+    rows: Cache | None
+    row: int
+    waiting: deque[int]
+    done: dict[int, Completion] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Sample:
+    """The occupant of a slot."""
+
+    prompt: _Prompt
+    place: int  # of its number in the job's
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    paused: bool = False
+    forced: bool = False
+
+
+class Engine:
+    """A model in memory with its slots; `run` answers jobs.
+
+    slots: sequences that are decoded at a time, raised to a multiple of the mesh's row shards.
+    unroll (None: on one CPU device) decodes layer by layer instead of by a scan: faster there, with
+    a second copy of the weights. tokens: how many were generated so far.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        params: Params,
+        *,
+        slots: int,
+        stop_ids: Iterable[int],
+        dtype: Any = F32,
+        unroll: bool | None = None,
+        mesh: Mesh | None = None,
+    ):
+        if slots < 1:
+            raise ValueError(f"slots: {slots}; allowed: >= 1")
+        cpu = jax.default_backend() == "cpu"
+        unroll = (cpu and mesh is None) if unroll is None else unroll
+        self.arch, self.mesh, self.unroll, self.dtype = arch, mesh, unroll, jnp.dtype(dtype)
+        self.slots = rounded(slots, mesh)
+        self.prompts = prompts_at_once(slots, mesh, jax.default_backend())
+        self.refill = 1 if cpu else max(1, self.slots // 8)
+        self.stops_V = np.isin(np.arange(arch.vocab_size), list(stop_ids))
+        params = cast_matrices(params, dtype)
+        self.weights = Weights(params, decoder.unstack_layers(params) if unroll else params)
+        self.tokens = 0
+        self._size = 0
+        self._cache: Any = None
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, list[Completion]]]:
+        """Yields each job with its samples, in the order of its numbers, when the last has ended.
+
+        Jobs are taken as slots come free, in their order. ValueError for one that does not fit.
+        """
+        source = enumerate(jobs)
+        waiting: deque[_Prompt] = deque()
+        occupants: list[_Sample | None] = [None] * self.slots
+        slots = programs.idle(self.slots)
+        with jax.set_mesh(self.mesh) if self.mesh else nullcontext():
+            while True:
+                more = self._admit(source, waiting, occupants, slots)
+                if not slots.active_B.any():
+                    return
+                self._fit(slots, occupants)
+                enough = self.refill if more else self.slots
+                self._cache, made = programs.burst(
+                    self.arch,
+                    self.weights,
+                    self._cache,
+                    slots,
+                    self.stops_V,
+                    np.int32(enough),
+                    dtype=self.dtype,
+                )
+                made = jax.device_get(made)
+                # What only the device changes; the rest is the host's own.
+                for name in ("active_B", "token_B", "position_B", "made_B"):
+                    getattr(slots, name)[:] = getattr(made.slots, name)
+                for slot, sample in enumerate(occupants):
+                    if sample is not None and self._harvest(slot, sample, slots, made):
+                        occupants[slot] = None
+                        slots.active_B[slot] = False
+                        slots.position_B[slot] = 0
+                        done = sample.prompt
+                        if len(done.done) == len(done.job.numbers):
+                            yield done.job, [done.done[i] for i in range(len(done.done))]
+
+    def _admit(self, source, waiting, occupants, slots) -> bool:
+        """Fill free slots from the queue; whether more is waiting than they could take."""
+        free = deque(slot for slot, sample in enumerate(occupants) if sample is None)
+        while free:
+            if not waiting:
+                waiting.extend(self._prefilled(source))
+                if not waiting:
+                    return False
+            rows, placed = waiting[0].rows, []
+            while free and waiting and waiting[0].rows is rows:
+                prompt, slot = waiting[0], free.popleft()
+                sample = _Sample(prompt, prompt.waiting.popleft())
+                occupants[slot] = sample
+                self._occupy(slots, slot, sample)
+                placed.append((slot, prompt.row))
+                if not prompt.waiting:
+                    waiting.popleft()
+            if rows is not None:
+                self._place(rows, placed)
+        return True
+
+    def _prefilled(self, source) -> list[_Prompt]:
+        """The next jobs of the queue, their prompts in rows of the same arrays."""
+        jobs: list[Job] = []
+        for number, job in source:
+            self.check(job, f"prompt {number}: ")
+            jobs.append(job)
+            if len(jobs) == self.prompts:
+                break
+        longest = max((len(job.prompt) - 1 for job in jobs), default=0)
+        rows = None
+        if longest:
+            tokens_PT = np.zeros((self.prompts, cache_slots(longest)), np.int32)
+            for row, job in zip(tokens_PT, jobs, strict=False):
+                row[: len(job.prompt) - 1] = job.prompt[:-1]
+            rows = programs.prefill(self.arch, self.weights.prefill, tokens_PT, dtype=self.dtype)
+        return [
+            _Prompt(job, rows, row, deque(range(len(job.numbers)))) for row, job in enumerate(jobs)
+        ]
+
+    def _place(self, rows: Cache, placed: list[tuple[int, int]]) -> None:
+        self._grow(rows.k.shape[-2])
+        # One sample at a time, or on a mesh, where a copy takes as long as all of them, as many as
+        # there are slots: so that no number of samples compiles a program of its own.
+        step = 1 if self.mesh is None else self.slots
+        for start in range(0, len(placed), step):
+            some = placed[start : start + step]
+            pairs = np.array(some + [(self.slots, 0)] * (step - len(some)), np.int32)
+            self._cache = programs.place(self._cache, rows, pairs[:, 0], pairs[:, 1])
+
+    def _occupy(self, slots: programs.Slots, slot: int, sample: _Sample) -> None:
+        job = sample.prompt.job
+        slots.active_B[slot] = True
+        slots.token_B[slot] = job.prompt[-1]
+        slots.position_B[slot] = len(job.prompt) - 1
+        slots.made_B[slot] = 0
+        slots.limit_B[slot] = job.new if job.pause is None else min(job.pause, job.new)
+        number = job.numbers[sample.place]
+        slots.key_B2[slot] = _folded(key_words(job.seed), number)
+        for name, column in slots.settings._asdict().items():
+            column[slot] = getattr(job.sampling, name)
+        slots.forced_BF[slot] = NONE
+
+    def _grow(self, size: int) -> None:
+        if self._cache is None:
+            self._size = size
+            self._cache = programs.empty(
+                self.arch, slots=self.slots, size=size, dtype=self.dtype, unroll=self.unroll
+            )
+        elif size > self._size:
+            self._size = size
+            self._cache = programs.resize(self._cache, size=size)
+
+    def _fit(self, slots: programs.Slots, occupants: list[_Sample | None]) -> None:
+        """Give the rows of the cache room for a burst; take some where half would do."""
+        need = max(
+            min(
+                int(slots.position_B[i]) + 1 + BURST,
+                len(one.prompt.job.prompt) + one.prompt.job.new,
+            )
+            for i, one in enumerate(occupants)
+            if one is not None
+        )
+        size = cache_slots(need)
+        self._grow(size)
+        if 2 * size <= self._size:
+            self._size = size
+            self._cache = programs.resize(self._cache, size=size)
+
+    def _harvest(self, slot: int, sample: _Sample, slots, made) -> bool:
+        """Take over what a burst made in a slot; whether its sample has ended."""
+        job, count = sample.prompt.job, int(made.count_B[slot])
+        sample.ids += made.ids_BW[slot, :count].tolist()
+        sample.logps += made.logps_BW[slot, :count].tolist()
+        self.tokens += count
+        finish: Finish | None = None
+        if not slots.active_B[slot]:
+            finish = "stop" if made.stopped_B[slot] else "length"
+        decision = None
+        if job.review is not None:
+            decision = job.review(np.array(sample.ids, np.int32), finish, sample.forced)
+        if isinstance(decision, Force) and decision.tokens + len(decision.ids) < job.new:
+            self._force(slot, sample, slots, decision)
+            return False
+        if isinstance(decision, Cut):
+            finish = "cut"
+            del sample.ids[decision.tokens :], sample.logps[decision.tokens :]
+        elif finish == "length" and len(sample.ids) < job.new:  # no more than a pause
+            slots.active_B[slot], slots.limit_B[slot] = True, job.new
+            return False
+        if finish is None:
+            return False
+        sample.prompt.done[sample.place] = Completion(
+            np.array(sample.ids, np.int32),
+            np.array(sample.logps, np.float32),
+            finish,
+            sample.forced,
+        )
+        return True
+
+    def _force(self, slot: int, sample: _Sample, slots, force: Force) -> None:
+        """Go on from the first `force.tokens` tokens with the forced ones."""
+        job = sample.prompt.job
+        if not 0 < len(force.ids) <= FORCED:
+            raise ValueError(f"{len(force.ids)} forced tokens; allowed: 1 to {FORCED}")
+        kept = force.tokens
+        del sample.ids[kept:], sample.logps[kept:]
+        sample.forced = True
+        slots.active_B[slot], slots.limit_B[slot] = True, job.new
+        slots.made_B[slot] = kept
+        slots.token_B[slot] = sample.ids[-1] if kept else job.prompt[-1]
+        slots.position_B[slot] = len(job.prompt) - 1 + kept
+        slots.forced_at_B[slot] = kept
+        slots.forced_BF[slot] = NONE
+        slots.forced_BF[slot, : len(force.ids)] = force.ids
+
+    def check(self, job: Job, where: str = "") -> None:
+        """ValueError, `where` before it, for a job that the model has no room for."""
+        ids = np.asarray(job.prompt)
+        if job.new < 1:
+            raise ValueError(f"max_new_tokens: {job.new}; allowed: >= 1")
+        if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"{where}{ids.dtype} of shape {ids.shape}; allowed: int ids [n >= 1]")
+        if ids.min() < 0 or ids.max() >= self.arch.vocab_size:
+            raise ValueError(
+                f"{where}id {ids.min() if ids.min() < 0 else ids.max()}; allowed: 0 to "
+                f"{self.arch.vocab_size - 1}"
+            )
+        if ids.size + job.new > self.arch.max_position_embeddings:
+            raise ValueError(
+                f"{where}{ids.size} tokens and max_new_tokens={job.new} exceed the model's "
+                f"{self.arch.max_position_embeddings} positions"
+            )
+
+
+def rounded(slots: int, mesh: Mesh | None) -> int:
+    """`slots`, raised to a multiple of the mesh's row shards."""
+    shards = 1 if mesh is None else row_shards(mesh)
+    return -(-slots // shards) * shards
+
+
+def prompts_at_once(slots: int, mesh: Mesh | None, platform: str) -> int:
+    """Rows of one prefill: one prompt keeps a CPU busy, and is padded to no other's length."""
+    shards = 1 if mesh is None else row_shards(mesh)
+    return math.lcm(1 if platform == "cpu" else min(4, slots), shards)
+
+
+@jax.jit
+def _fold(words: jax.Array, number: jax.Array) -> jax.Array:
+    key = jax.random.wrap_key_data(words, impl="threefry2x32")
+    return jax.random.key_data(jax.random.fold_in(key, number))
+
+
+def _folded(words: np.ndarray, number: int) -> np.ndarray:
+    """The words of fold_in(key, number), on the host."""
+    return np.asarray(_fold(words, np.uint32(number)))
 
 
 def generate(
@@ -79,10 +369,12 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    min_p: float = 0.0,
     seed: int = 0,
     stop_ids: Iterable[int],
     dtype: Any = F32,
     unroll: bool | None = None,
+    mesh: Mesh | None = None,
     progress: bool = False,
     numbers: Sequence[int] | None = None,
 ) -> list[Completion]:
@@ -90,46 +382,43 @@ def generate(
 
     Matrices are cast to `dtype` once. Token t of prompt i is drawn with the key
     fold_in(fold_in(key(seed), i), t): a sample depends neither on its neighbours nor on batch_size.
-    temperature 0 is greedy. top_k and then top_p keep the most probable tokens, after temperature.
-    unroll (None: on CPU) decodes layer by layer instead of by a scan: faster there, with a second
-    copy of the weights. progress: a bar on stderr. numbers: the i of each prompt, where these are
-    some of more; None = 0, 1, ...
+    temperature 0 is greedy. top_k, top_p and min_p keep the most probable tokens, after
+    temperature. progress: a bar on stderr. numbers: the i of each prompt, where these are some of
+    more; None = 0, 1, ... unroll, mesh: see `Engine`.
     """
-    sampling = Sampling(float(temperature), float(top_p), int(top_k))
-    _check(arch, prompts, max_new_tokens, batch_size, sampling)
-    stops_V = np.isin(np.arange(arch.vocab_size), list(stop_ids))
-    params = cast_matrices(params, dtype)
-    unroll = jax.default_backend() == "cpu" if unroll is None else unroll
-    weights = Weights(params, decoder.unstack_layers(params) if unroll else params)
-    key = jax.random.key(seed)
-    completions: list[Completion | None] = [None] * len(prompts)
-    with tqdm(total=len(prompts), unit="prompt", disable=not progress) as bar:
-        for batch in batches([len(prompt) for prompt in prompts], batch_size):
-            tokens, lengths, slots = _padded([prompts[i] for i in batch], max_new_tokens)
-            state = complete(
-                arch,
-                weights,
-                tokens,
-                lengths,
-                np.asarray([i if numbers is None else numbers[i] for i in batch], np.int32),
-                key,
-                stops_V,
-                sampling=sampling,
-                new=max_new_tokens,
-                slots=slots,
-                dtype=jnp.dtype(dtype),
-            )
-            finished, ends, ids, logps = jax.device_get(state)
-            for row, i in enumerate(batch):
-                n = int(ends[row] - lengths[row])
-                finish = "stop" if finished[row] else "length"
-                completions[i] = Completion(ids[row, :n].copy(), logps[row, :n].copy(), finish)
-            bar.update(len(batch))
-    return [completion for completion in completions if completion is not None]
+    sampling = Sampling(float(temperature), float(top_p), int(top_k), float(min_p))
+    if batch_size < 1:
+        raise ValueError(f"batch_size: {batch_size}; allowed: >= 1")
+    jobs = [
+        Job(prompt, max_new_tokens, sampling, seed, (i if numbers is None else numbers[i],))
+        for i, prompt in enumerate(prompts)
+    ]
+    if not jobs:
+        return []
+    engine = Engine(
+        arch,
+        params,
+        slots=min(batch_size, len(jobs)),
+        stop_ids=stop_ids,
+        dtype=dtype,
+        unroll=unroll,
+        mesh=mesh,
+    )
+    for i, job in enumerate(jobs):
+        engine.check(job, f"prompt {i}: ")
+    # The longest first, so that memory runs out at once or never.
+    order = sorted(range(len(jobs)), key=lambda i: (-len(prompts[i]), i))
+    place = {id(job): i for i, job in enumerate(jobs)}
+    completions: list[Any] = [None] * len(jobs)
+    with tqdm(total=len(jobs), unit="prompt", disable=not progress) as bar:
+        for job, (completion,) in engine.run(jobs[i] for i in order):
+            completions[place[id(job)]] = completion
+            bar.update(1)
+    return completions
 
 
 def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices of the prompts by batch, the longest first, so that memory runs out at once or never.
+    """Indices of sequences by batch, the longest first, so that memory runs out at once or never.
 
     The batches are as equal as can be: their rows differ by one at most, which padding evens out.
     """
@@ -137,180 +426,3 @@ def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     count = -(-len(order) // batch_size)
     rows = -(-len(order) // count) if count else 0
     return [order[start : start + rows] for start in range(0, len(order), rows or 1)]
-
-
-def cast_matrices(params: Params, dtype: Any) -> Params:
-    """The parameters with matrices and biases in `dtype`; norms, which compute in float32, stay."""
-
-    def cast(path, leaf):
-        norm = any("norm" in str(step) for step in path)
-        return leaf if norm or leaf.dtype == dtype else leaf.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, params)
-
-
-def _check(
-    arch: Architecture,
-    prompts: Sequence[np.ndarray],
-    max_new_tokens: int,
-    batch_size: int,
-    sampling: Sampling,
-) -> None:
-    for name, value, holds, allowed in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, ">= 1"),
-        ("batch_size", batch_size, batch_size >= 1, ">= 1"),
-        ("temperature", sampling.temperature, 0 <= sampling.temperature < np.inf, ">= 0"),
-        ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "above 0, up to 1"),
-        ("top_k", sampling.top_k, sampling.top_k >= 0, ">= 0 (0: all tokens)"),
-    ):
-        if not holds:
-            raise ValueError(f"{name}: {value}; allowed: {allowed}")
-    for i, prompt in enumerate(prompts):
-        ids = np.asarray(prompt)
-        if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(
-                f"prompt {i}: {ids.dtype} of shape {ids.shape}; allowed: int ids [n >= 1]"
-            )
-        if ids.min() < 0 or ids.max() >= arch.vocab_size:
-            raise ValueError(
-                f"prompt {i}: id {ids.min() if ids.min() < 0 else ids.max()}; allowed: 0 to "
-                f"{arch.vocab_size - 1}"
-            )
-        if ids.size + max_new_tokens > arch.max_position_embeddings:
-            raise ValueError(
-                f"prompt {i}: {ids.size} tokens and max_new_tokens={max_new_tokens} exceed the "
-                f"model's {arch.max_position_embeddings} positions"
-            )
-
-
-def _padded(prompts: Sequence[np.ndarray], new: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Right-padded prompts [B, T], their lengths [B], and the slots that prompt and answer need."""
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    slots = cache_slots(int(lengths.max()) + new)
-    tokens = np.zeros((len(prompts), slots), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return tokens, lengths, slots
-
-
-def cache_slots(tokens: int) -> int:
-    """The next size up that a program is compiled for: at most four in an octave."""
-    step = max(CHUNK, 1 << max(0, tokens.bit_length() - 3))
-    return -(-tokens // step) * step
-
-
-@partial(jax.jit, static_argnames=("arch", "sampling", "new", "slots", "dtype"))
-def complete(
-    arch, weights, tokens_BS, length_B, request_B, key, stops_V, *, sampling, new, slots, dtype
-):
-    """The compiled loop of `generate`: (stopped, last length, ids, log-probs) of every row."""
-    B = tokens_BS.shape[0]
-    key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, request_B)
-
-    def draw(hidden_BD, step):
-        with jax.named_scope("logits"):
-            logits_BV = decoder.logits(arch, weights.prefill, hidden_BD)
-        with jax.named_scope("sample"):
-            token_B = _sample(logits_BV, key_B, step, sampling)
-            chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], 1)[:, 0]
-            return token_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
-
-    def write(state: State, token_B, logp_B) -> State:
-        ids_BN = state.ids_BN.at[:, state.step].set(jnp.where(state.active_B, token_B, 0))
-        logp_BN = state.logp_BN.at[:, state.step].set(jnp.where(state.active_B, logp_B, 0.0))
-        length_B = state.length_B + state.active_B
-        active_B = state.active_B & ~stops_V[token_B]
-        return State(state.step + 1, active_B, length_B, ids_BN, logp_BN, state.cache)
-
-    def more(state: State):
-        return (state.step < new) & state.active_B.any()
-
-    def advance(state: State) -> State:
-        # A finished row decodes its last token again and again, into the same slot.
-        token_B = state.ids_BN[jnp.arange(B), state.length_B - length_B - 1]
-        position_B = state.length_B - 1
-        hidden_BTD, cache = decoder.decode(
-            arch, weights.decode, token_B[:, None], position_B[:, None], state.cache, dtype=dtype
-        )
-        return write(state._replace(cache=cache), *draw(hidden_BTD[:, 0], state.step))
-
-    hidden_BD, cache = _prefill(arch, weights.prefill, tokens_BS, length_B, dtype)
-    if isinstance(weights.decode["model"]["layers"], tuple):
-        cache = decoder.unstack(cache, arch.num_layers)
-    state = State(
-        jnp.int32(0),
-        jnp.ones(B, bool),
-        length_B,
-        jnp.zeros((B, new), jnp.int32),
-        jnp.zeros((B, new), F32),
-        cache,
-    )
-    state = write(state, *draw(hidden_BD, state.step))
-    state = lax.while_loop(more, advance, state)
-    return ~state.active_B, state.length_B, state.ids_BN, state.logp_BN
-
-
-def _prefill(arch, params, tokens_BS, length_B, dtype) -> tuple[jax.Array, Cache]:
-    """Hidden state of each row's last prompt token [B, D], and the cache that holds the prompts."""
-    B, slots = tokens_BS.shape
-
-    def chunk(i, carry):
-        last_BD, cache = carry
-        tokens_BC = lax.dynamic_slice_in_dim(tokens_BS, i * CHUNK, CHUNK, axis=1)
-        position_BC = jnp.broadcast_to(i * CHUNK + jnp.arange(CHUNK), (B, CHUNK))
-        hidden_BCD, cache = decoder.decode(arch, params, tokens_BC, position_BC, cache, dtype=dtype)
-        within_B = length_B - 1 - i * CHUNK
-        here_BCD = jnp.take_along_axis(
-            hidden_BCD, jnp.clip(within_B, 0, CHUNK - 1)[:, None, None], axis=1
-        )
-        mine_B = (within_B >= 0) & (within_B < CHUNK)
-        return jnp.where(mine_B[:, None], here_BCD[:, 0], last_BD), cache
-
-    with jax.named_scope("prefill"):
-        start = (
-            jnp.zeros((B, arch.hidden_size), dtype),
-            decoder.empty_cache(arch, B, slots, dtype),
-        )
-        return lax.fori_loop(0, -(-length_B.max() // CHUNK), chunk, start)
-
-
-def _sample(logits_BV, key_B, step, sampling: Sampling) -> jax.Array:
-    """Token of each row, int32 [B]; the key of a row depends on its request and step alone."""
-    if sampling.temperature == 0.0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = truncate(logits_BV / sampling.temperature, sampling.top_p, sampling.top_k)
-    key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, step)
-    return jax.vmap(jax.random.categorical)(key_B, logits_BV).astype(jnp.int32)
-
-
-def truncate(logits_BV: jax.Array, top_p: float, top_k: int) -> jax.Array:
-    """-inf in place of all but the top_k and, of those, the fewest that hold top_p probability.
-
-    Tokens that tie with the last one kept are kept. The most probable token always is.
-    """
-    if 0 < top_k < logits_BV.shape[-1]:
-        kth_B1 = lax.top_k(logits_BV, top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV >= kth_B1, logits_BV, -jnp.inf)
-    if top_p < 1.0:
-        p_BV = jax.nn.softmax(logits_BV, axis=-1)
-        logits_BV = jnp.where(p_BV >= _nucleus_floor(p_BV, top_p), logits_BV, -jnp.inf)
-    return logits_BV
-
-
-def _nucleus_floor(p_BV: jax.Array, top_p: float) -> jax.Array:
-    """Largest probability whose holders and betters sum to top_p, [B, 1].
-
-    Bisected on the bits of the float, which order as the numbers do (they are not negative): 31
-    sums over the vocabulary, where sorting it would take most of a decode step.
-    """
-
-    def bisect(_, bounds):
-        low, high = bounds  # the mass above `low` suffices, the mass above `high` does not
-        middle = low + (high - low) // 2
-        kept = p_BV >= lax.bitcast_convert_type(middle, F32)
-        enough = jnp.sum(p_BV * kept, axis=-1, keepdims=True) >= top_p
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-    top = lax.bitcast_convert_type(p_BV.max(axis=-1, keepdims=True), jnp.int32)
-    low, _ = lax.fori_loop(0, 31, bisect, (jnp.zeros_like(top), top + 1))
-    return lax.bitcast_convert_type(low, F32)

@@ -69,7 +69,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a Hugging Face folder by its key, none of them read yet."""
     tensors: dict[str, Tensor] = {}
     for file in weight_files(folder):
-        for key, tensor in _read_header(file).items():
+        for key, tensor in read_file(file).items():
             if key in tensors:
                 raise ValueError(f"{file}: {key!r} is also in {tensors[key].file.name}")
             tensors[key] = tensor
@@ -138,7 +138,7 @@ def _json(file: Path, key: str) -> dict[str, Any]:
         raise ValueError(f"{file}: not a JSON object with {key!r}: {error}") from None
 
 
-def _read_header(file: Path) -> dict[str, Tensor]:
+def read_file(file: Path) -> dict[str, Tensor]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

@@ -9,8 +9,10 @@ on beside what stands between. It ranks variants of one program; as a time it is
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from saro_jax.parallel import hlo
-from saro_jax.parallel.hlo import Collective, KernelFlops, Module
+from saro_jax.parallel import hlo, hlo_costs, hlo_walk
+from saro_jax.parallel.hlo import Module
+from saro_jax.parallel.hlo_costs import Collective
+from saro_jax.parallel.hlo_walk import KernelFlops
 from saro_jax.parallel.topologies import Chip
 
 KERNEL_SHARE = 0.45  # of the peak rate that attention kernels are assumed to reach
@@ -61,7 +63,7 @@ def estimate(
     kernels: KernelFlops | None = None,
     slice_devices: int = 1 << 30,
 ) -> Times:
-    """Walk the schedule of a TPU program; arguments as for `hlo.totals`."""
+    """Walk the schedule of a TPU program; arguments as for `hlo_walk.totals`."""
     hints = loops or {}
     memory_bytes = 0.0
 
@@ -71,9 +73,9 @@ def estimate(
         ring = 0.0
         ends: dict[str, float] = {}
         flops, traffic = 0.0, 0.0
-        for visit in hlo.visits(module, at, scope, hints):
+        for visit in hlo_walk.visits(module, at, scope, hints):
             one = visit.instruction
-            parts = [walk(*part) for part in hlo.inner(visit)]
+            parts = [walk(*part) for part in hlo_walk.inner(visit)]
             if one.opcode == "conditional" and parts:
                 parts = [max(parts, key=lambda part: part[0].total)]
             if parts:
@@ -94,8 +96,8 @@ def estimate(
                         times.memory += end - clock.now
                     clock.now = end
                 continue
-            found = hlo.collective_of(module, at, one, slice_devices)
-            inside = [] if found else hlo.fused_collectives(module, one, slice_devices)
+            found = hlo_costs.collective_of(module, at, one, slice_devices)
+            inside = [] if found else hlo_costs.fused_collectives(module, one, slice_devices)
             if found is not None:
                 seconds = wire_seconds(found, chip)
                 times.wire += seconds
@@ -111,7 +113,7 @@ def estimate(
                     ring = max(clock.now, ring) + seconds
                     ends[one.name] = ring
                 continue
-            size = hlo.hbm_bytes(module, at, one)
+            size = hlo_costs.hbm_bytes(module, at, one)
             traffic += size
             seconds = size / chip.hbm_rate
             if one.opcode in ("copy-start", "slice-start", "async-start"):
@@ -119,7 +121,7 @@ def estimate(
                 ends[one.name] = clock.memory_free
                 continue
             work = _products(module, at, one)
-            kernel = hlo.kernel_flops(module, visit, kernels)
+            kernel = hlo_walk.kernel_flops(module, visit, kernels)
             if kernel is not None:
                 flops += kernel
                 seconds = max(seconds, kernel / (KERNEL_SHARE * chip.flops))
@@ -151,6 +153,6 @@ def estimate(
 
 def _products(module: Module, at: str, one: hlo.Instruction) -> float:
     if one.opcode in ("dot", "convolution"):
-        return hlo.product_flops(module, at, one)
+        return hlo_costs.product_flops(module, at, one)
     called = one.computation("calls")
-    return hlo.fused_flops(module, called) if one.opcode == "fusion" and called else 0.0
+    return hlo_costs.fused_flops(module, called) if one.opcode == "fusion" and called else 0.0
