@@ -60,7 +60,8 @@ RESULTS = Results(
             protocol="single turn",
             license="CC-BY-4.0",
             n=450,
-            source="Paul/XSTest",
+            source="walledai/XSTest",
+            metric="over_refusal",
         ),
     ),
     rates=(
@@ -122,6 +123,7 @@ RESULTS = Results(
         Audit(
             model="base",
             benchmark="xstest",
+            view="auto",
             kind="borderline",
             metric="over_refusal",
             labelled=50,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 from pydantic import Field
@@ -211,11 +211,11 @@ def _question(where: str, record: Mapping[str, Any], entry: Entry, number: int) 
         name,
         base or name,
         prompt,
-        kind,
+        cast(Kind, kind),
         category,
         attack,
         original,
-        answer,  # type: ignore[arg-type]
+        answer,
     )
 
 

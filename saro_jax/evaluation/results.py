@@ -120,7 +120,10 @@ class Model(Part):
 
 
 class Benchmark(Part):
-    """A set of prompts as it was run: `source` is the file or Hub id that the rows came from."""
+    """A set of prompts as it was run: `source` is the file or Hub id that the rows came from.
+
+    `metric` is the one that a table shows first.
+    """
 
     name: Set
     title: Text
@@ -129,6 +132,7 @@ class Benchmark(Part):
     license: str
     n: int
     source: Text
+    metric: Text
 
 
 class Rate(Part):
@@ -227,8 +231,10 @@ class Audit(Part):
 
     model: Name
     benchmark: Set
+    view: View
     kind: Kind
     metric: Text
+    judge: str | None = None
     labelled: int
     agree: Share
     missed: int  # people: yes, judge: no
