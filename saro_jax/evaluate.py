@@ -200,16 +200,21 @@ def run(
     return results
 
 
+def listed(given: str | list[str]) -> list[str]:
+    """Entries of a setting: of a list, or separated by commas."""
+    return [one.strip() for text in configuration.names(given) for one in text.split(",")]
+
+
 def checked(
     settings: EvaluateConfig, models: dict[str, str]
 ) -> tuple[list[Chosen], list[Any], list[str]]:
     """Benchmarks, views and judges of the settings; ValueError names the option that is wrong."""
-    chosen = benchmarks.choose(configuration.names(settings.benchmarks), f"{OPTION}.benchmarks")
-    views = configuration.names(settings.views)
+    chosen = benchmarks.choose(listed(settings.benchmarks), f"{OPTION}.benchmarks")
+    views = listed(settings.views)
     for view in views:
         if view not in VIEWS:
             raise ValueError(f"{OPTION}.views={view}: allowed: {', '.join(VIEWS)}")
-    judges = configuration.names(settings.judges)
+    judges = listed(settings.judges)
     verdicts.check(judges, f"{OPTION}.judges")
     if settings.baseline is not None and settings.baseline not in models:
         raise ValueError(

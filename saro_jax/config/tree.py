@@ -447,7 +447,8 @@ class EvaluateConfig(Section):
     benchmarks: str | list[str] = Field(
         default="held_out",
         description="NAME, NAME=SOURCE (file, folder or Hub id instead of the benchmark's own), "
-        "NAME=KIND:SOURCE for prompts of your own, or several; @ROWS after any for fewer rows",
+        "NAME=KIND:SOURCE for prompts of your own, or several, a list or separated by commas; "
+        "@ROWS after any for fewer rows",
     )
     views: str | list[str] = Field(
         default="auto",

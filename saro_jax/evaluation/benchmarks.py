@@ -184,8 +184,7 @@ def read(chosen: Chosen, seed: int = 0) -> tuple[list[Question], Input]:
 def _question(where: str, record: Mapping[str, Any], entry: Entry, number: int) -> Question:
     prompt = _value(record, entry.columns.get("prompt", ()))
     for frame in entry.strip:
-        prompt = prompt.removeprefix(frame).removesuffix(frame)
-    prompt = prompt.strip()
+        prompt = prompt.removeprefix(frame.strip()).removesuffix(frame.strip()).strip()
     if not prompt:
         raise ValueError(f"{where}: no prompt: looked for {_names(entry, 'prompt')}")
     kind = entry.kind
