@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return quick.main(given)
     flags = [
         Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart"),
-        Flag("model", "[NAME=]folder, .gguf file or Hub id; once a model", several=True),
+        Flag("model", "[NAME=]folder, .gguf file or Hub id; once a model", many=True),
         Flag("out", "output folder", parse=Path, required=True),
     ]
     try:

@@ -15,13 +15,13 @@ The same command goes on where an earlier one was stopped, asks the teacher for 
 the same inputs, seed and teacher give the same files.
 """
 
+import contextlib
+import dataclasses
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-from tqdm import tqdm
+from typing import Any
 
 from saro_jax import config as configuration
 from saro_jax import records
@@ -29,6 +29,12 @@ from saro_jax.config import Config, Flag, SynthesizeConfig
 from saro_jax.data import filters
 from saro_jax.data import prompts as pool
 from saro_jax.data.filters import Judged, Judges, Limits
+from saro_jax.generation import assisting, teaching
+from saro_jax.generation.api import Api
+from saro_jax.generation.requests import Generator
+from saro_jax.generation.teaching import Asking, Called, Function
+from saro_jax.judging.guards import GUARDS
+from saro_jax.judging.judges import Judge, open_judge
 from saro_jax.records import (
     RITD,
     Journal,
@@ -42,28 +48,11 @@ from saro_jax.records import (
     TraceStep,
 )
 from saro_jax.text import policy as policies
-from saro_jax.text import reasoning, template
+from saro_jax.text import reasoning
 from saro_jax.text.policy import Policy
-from saro_jax.text.refusal import refuses
 from saro_jax.text.template_teacher import TemplateTeacher
 
 LEAST_YIELD = 0.3  # share of a kind's prompts with a row, below which more prompts are needed
-
-
-class Teacher(Protocol):
-    """What answers the prompts: `name` stands in the traces, `sha` is what its answers depend on.
-
-    `generate` gives n replies {text, finish: eos | length | stop, cost: money, default 0}, or none
-    where it can not answer; `sampler.seed` is new for each request. It is called from threads.
-    """
-
-    name: str
-    origin: Any
-    sha: str
-
-    def generate(
-        self, messages: Sequence[Mapping[str, str]], n: int, sampler: Sampler
-    ) -> list[dict[str, Any]]: ...
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,7 +86,7 @@ def run(
     config: Config,
     out: Path,
     *,
-    teacher: Callable[[Policy, Sequence[Prompt]], Teacher] = TemplateTeacher,
+    teacher: Callable[[Policy, Sequence[Prompt]], Function] | None = None,
     judges: Judges | None = None,
     judges_version: str = "rules",
     limits: Limits | None = None,
@@ -106,10 +95,10 @@ def run(
 ) -> dict[str, Any]:
     """Make RIT-D in `out` and return the manifest; nothing is done where it is there already.
 
-    `teacher(policy, prompts)` makes the teacher. `judges_version` names judges other than the
-    default ones, as the files depend on them; `limits` are their thresholds (what of it the config
-    sets is the config's). `embed` adds decontamination by embeddings. ValueError, in one line, for
-    wrong inputs and for prompts that stand in an evaluation set.
+    `teacher(policy, prompts)` makes another teacher than the config's. `judges_version` names
+    judges other than the default ones, as the files depend on them; `limits` are their thresholds
+    (what of it the config sets is the config's). `embed` adds decontamination by embeddings.
+    ValueError, in one line, for wrong inputs and for prompts that stand in an evaluation set.
     """
     settings = config.synthesize
     policy = policies.load(settings.policy)
@@ -127,50 +116,109 @@ def run(
         prompts, evaluation, settings, config.seed, embed
     )
     rejects += dropped
-    source = teacher(policy, [*prompts, *bases])
-    stage = Stage(
-        "synthesize",
-        # What is read from the tree; how many requests run at a time changes nothing.
-        settings.model_dump(mode="json", exclude={"concurrency"})
-        | {"judges": judges_version, "limits": vars(limits)},
-        inputs,
-        config.seed,
-        policy.version,
-        source.name,
-        source.sha,
-    )
-    before = records.finished(stage, out)
-    if before is not None:
-        return before
-    hits = {name: one["hits"]["exact"] for name, one in contamination.items()}
-    if sum(hits.values()) and settings.exact_hits == "fail":
-        records.write_json(out / "contamination.json", contamination)
-        worst = max(hits, key=lambda name: hits[name])
-        first = next(one for one in contamination[worst]["list"] if one["method"] == "exact")
-        raise ValueError(
-            f"{sum(hits.values())} prompts stand in an evaluation set, {hits[worst]} of them in "
-            f"{worst}, first row {first['evaluation_row']}: all in {out / 'contamination.json'}; "
-            "take them out, or set synthesize.exact_hits=drop"
-        )
     spare = TemplateTeacher(policy, [*prompts, *bases])
-    replies = _ask(source, spare, policy, prompts, settings, config.seed, out, progress)
-    stage.run["cost"] = round(sum(r.get("cost", 0.0) for one in replies.values() for r in one), 6)
-    count = _counter(settings.tokenizer)
-    traces: list[Trace] = []
-    for prompt in prompts:
-        found = [
-            _trace(prompt, reply, i, source, settings, count)
-            for i, reply in enumerate(replies[prompt.id])
-        ]
-        if not found:
-            rejects.append(Reject(prompt.id, "no answer: the teacher had none"))
-        traces += found
-    by_id = {prompt.id: prompt for prompt in prompts}
-    items = [Judged(trace, by_id[trace.prompt_id]) for trace in traces]
-    accepted, failed = filters.passed(items, policy, judges, limits)
-    groups: dict[str, list[Judged]] = {}
-    for item in accepted:
-        groups.setdefault(item.prompt.id, []).append(item)
+    with contextlib.ExitStack() as stack:
+        if settings.guard is not None and judges.answer_risk is None:
+            if settings.guard.partition("=")[0] not in GUARDS:
+                raise ValueError(
+                    f"--synthesize.guard={settings.guard}: expected NAME=MODEL or NAME=MODEL@URL, "
+                    f"NAME one of {', '.join(GUARDS)}"
+                )
+            guard = open_judge(settings.guard, server=config.server, option="--synthesize.guard")
+            stack.callback(guard.close)
+            risk = _risk(guard)
+            judges = dataclasses.replace(judges, answer_risk=risk, reasoning_risk=risk)
+            judges_version = f"{guard.name}:{guard.version}"
+        source: Generator
+        if teacher is None and settings.teacher != "template":
+            source = teaching.opened(config)
+            origin = "self" if settings.teacher == "self" else "teacher"
+            stack.callback(getattr(source, "close", lambda: None))
+        else:
+            function = spare if teacher is None else teacher(policy, [*prompts, *bases])
+            source, origin = Called(function, settings.concurrency), function.origin
+        stage = Stage(
+            "synthesize",
+            # What is read from the tree; how many requests run at a time, and where the server
+            # stands, changes nothing.
+            settings.model_dump(mode="json", exclude={"concurrency", "teacher_url"})
+            | {"judges": judges_version, "limits": vars(limits)},
+            inputs,
+            config.seed,
+            policy.version,
+            source.name,
+            source.sha,
+        )
+        before = records.finished(stage, out)
+        if before is not None:
+            return before
+        _check_hits(contamination, settings, out)
+        asking = Asking(source, policy, settings, config.seed, out, progress)
+        journal = stack.enter_context(asking.journal(spare))
+        said: dict[str, Any] = {}
+        if settings.label:
+            prompts, said["labels"] = assisting.labelled(asking, prompts, journal)
+            spare = TemplateTeacher(policy, [*prompts, *bases])
+        if settings.score:
+            quality = assisting.scorer(asking, prompts, journal)
+            judges = dataclasses.replace(judges, quality=quality)
+        if origin == "self":
+            said["flip_rate"] = _flips(asking, prompts, journal, judges, settings)
+        replies = asking.replies(prompts, spare, journal)
+        count = _counter(settings.tokenizer)
+
+        def made(prompt: Prompt, reply: Mapping[str, Any], i: int) -> Trace:
+            return _trace(prompt, reply, i, source.name, origin, settings, count)
+
+        traces: list[Trace] = []
+        withheld: list[Reject] = []
+        for prompt in prompts:
+            found = replies[prompt.id]
+            for i, reply in enumerate(found):
+                if reply["finish"] == "filter":
+                    name = records.content_id(prompt.id, source.name, reply["seed"], i)
+                    about = {"prompt_id": prompt.id, **reply}
+                    withheld.append(Reject(name, "filter: withheld by the server", record=about))
+                else:
+                    traces.append(made(prompt, reply, i))
+            if not found:
+                rejects.append(Reject(prompt.id, f"no answer: {asking.why_none(prompt)}"))
+        by_id = {prompt.id: prompt for prompt in prompts}
+        items = [Judged(trace, by_id[trace.prompt_id]) for trace in traces]
+        accepted, failed = filters.passed(items, policy, judges, limits)
+
+        def edited(name: str, edits: Sequence[tuple[Judged, Mapping[str, Any]]]) -> None:
+            """What has been edited goes through the filters as any answer."""
+            new = []
+            for item, reply in edits:
+                trace = made(item.prompt, {**reply, "edit": name, "of": item.trace.id}, 0)
+                trace = trace.model_copy(update={"meta": trace.meta | {"i": item.trace.meta["i"]}})
+                new.append(Judged(trace, item.prompt))
+            passed, dropped = filters.passed(new, policy, judges, limits)
+            said[name] = {"made": len(new), "accepted": len(passed)}
+            traces.extend(one.trace for one in new)
+            accepted.extend(passed)
+            failed.extend(dropped)
+
+        if settings.repair and judges.reasoning_risk is not None:
+            ids = {r.id for r in failed if r.reason.startswith("reasoning_safety")}
+            broken = [
+                item
+                for item in items
+                if item.trace.id in ids and item.prompt.kind in ("harmful", "jailbreak")
+            ]
+            risk, limit = judges.reasoning_risk, limits.reasoning_risk
+            edited("repair", assisting.repaired(asking, broken, journal, risk, limit))
+        groups = _by_prompt(accepted)
+        if settings.compress:
+            first = [
+                filters.ranked(g, settings.srs, settings.srs_floor)[0] for g in groups.values()
+            ]
+            edited("compress", assisting.shortened(asking, first, journal))
+            groups = _by_prompt(accepted)
+        stage.run["cost"] = round(sum(asking.costs.values()), 6)
+        if isinstance(source, Api):
+            stage.run["server"] = source.report()
     kept, unused = filters.chosen(
         list(groups.values()), settings.srs, settings.srs_floor, settings.overlap
     )
@@ -192,8 +240,9 @@ def run(
             any(reply.get("fallback") for reply in one) for one in replies.values()
         ),
         "dev_rows": sum(item.prompt.split == "dev" for item in kept),
+        "withheld": len(withheld),
         "tokens_counted_by": settings.tokenizer or "words and marks",
-    }
+    } | said
     rows = [_row(item, settings) for item in kept]
     split = [item.prompt.split for item in kept]
     shards: dict[str, Sequence[records.Record]] = {
@@ -206,7 +255,7 @@ def run(
         stage,
         out,
         shards,
-        {"prompts.jsonl": rejects, "traces.jsonl": [*failed, *unused]},
+        {"prompts.jsonl": rejects, "traces.jsonl": [*withheld, *failed, *unused]},
         n_in=n_in,
         n_out=len(rows),
         report=report,
@@ -240,6 +289,29 @@ def summary(manifest: Mapping[str, Any], out: Path) -> str:
                 f"reasoning tokens  {kind}: {first['reasoning_tokens']:.0f} with n=1, "
                 f"{last['reasoning_tokens']:.0f} with n={last['n']}"
             )
+    if flips := report.get("flip_rate"):
+        lines.append(
+            f"flip rate         {flips['safe_with_policy']} of {flips['unsafe_without_policy']} "
+            f"unsafe answers to {flips['prompts']} prompts become safe with the policy in context"
+            if flips["prompts"]
+            else "flip rate         not measured: no harmful prompts"
+        )
+    if labels := report.get("labels"):
+        lines.append("labels            " + ", ".join(f"{labels[k]} {k}" for k in labels))
+    for name in ("repair", "compress"):
+        if edits := report.get(name):
+            lines.append(f"{name:<18}{edits['made']} made, {edits['accepted']} accepted")
+    if report["teacher_refusals"]:
+        lines.append(
+            f"refused           the teacher would not reason about {report['teacher_refusals']} "
+            "prompts; the template teacher answered them"
+        )
+    if server := manifest["run"].get("server"):
+        lines.append(
+            f"server            {server['requests']} requests, {server['cached']} replies from "
+            f"the cache, {sum(server['retries'].values())} attempts failed, "
+            f"{server['prompt_tokens']} + {server['new_tokens']} tokens, cost {server['cost']:g}"
+        )
     dev = report["dev_rows"]
     lines.append(
         f"rows              {manifest['n_out'] - dev} in {out / 'ritd.jsonl'}, {dev} held out"
@@ -281,144 +353,93 @@ def _pool(
     return prompts, bases, rejects, contamination
 
 
-def _ask(
-    teacher: Teacher,
-    spare: TemplateTeacher,
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    settings: SynthesizeConfig,
-    seed: int,
-    out: Path,
-    progress: bool,
-) -> dict[str, list[dict[str, Any]]]:
-    """The teacher's replies by prompt, from the journal where they are there.
+def _by_prompt(items: Sequence[Judged]) -> dict[str, list[Judged]]:
+    groups: dict[str, list[Judged]] = {}
+    for item in items:
+        groups.setdefault(item.prompt.id, []).append(item)
+    return groups
 
-    A reply is {text, finish, seed, attempt}; one that does not parse too. A teacher that only
-    refuses is replaced by the template teacher, whose replies have a `fallback`.
-    """
-    sampler = Sampler(
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        max_new_tokens=settings.max_new_tokens,
-    )
-    # All that a reply depends on beside the prompt; filters are not among it, so that a change of
-    # theirs costs no new request.
-    key = {
-        "teacher": teacher.name,
-        "sha": teacher.sha,
-        "spare": spare.sha,
-        "sampler": sampler.model_dump(mode="json"),
-        "n": settings.n,
-        "retries": settings.retries,
-        "render": settings.render,
-        "policy_version": policy.version,
-        "seed": seed,
-        "templates": records.sha256(
-            "".join(
-                (template.FOLDER / f"{name}.txt").read_text(encoding="utf-8")
-                for name in ("t1_reason_safe", "t2_reason_general")
-            )
-        ),
-    }
 
-    def work(_: str, item: tuple[Prompt, int, int]) -> list[dict[str, Any]]:
-        prompt, attempt, wanted = item
-        own = _seed(seed, prompt, attempt)
-        found = teacher.generate(
-            messages(prompt, policy, settings.render),
-            wanted,
-            sampler.model_copy(update={"seed": own}),
+def _risk(guard: Judge) -> filters.Verdicts:
+    """A guard as the filters take it: P(unsafe), or 0 or 1 by its word, or None where invalid."""
+
+    def risk(pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+        by_label = {"safe": 0.0, "unsafe": 1.0}
+        said = guard.say(pairs)
+        return [
+            by_label.get(one["label"])
+            if one["label"] == "invalid" or one["score"] is None
+            else one["score"]
+            for one in said
+        ]
+
+    return risk
+
+
+def _check_hits(contamination: Mapping[str, Any], settings: SynthesizeConfig, out: Path) -> None:
+    """ValueError for prompts that stand in an evaluation set, where they are not to be dropped."""
+    hits = {name: one["hits"]["exact"] for name, one in contamination.items()}
+    if sum(hits.values()) and settings.exact_hits == "fail":
+        records.write_json(out / "contamination.json", contamination)
+        worst = max(hits, key=lambda name: hits[name])
+        first = next(one for one in contamination[worst]["list"] if one["method"] == "exact")
+        raise ValueError(
+            f"{sum(hits.values())} prompts stand in an evaluation set, {hits[worst]} of them in "
+            f"{worst}, first row {first['evaluation_row']}: all in {out / 'contamination.json'}; "
+            "take them out, or set synthesize.exact_hits=drop"
         )
-        return [one | {"seed": own, "attempt": attempt} for one in found]
-
-    name = f"replies-{records.sha256(records.to_json(key))[:12]}.jsonl"
-    # A prompt's categories and answer are part of what is asked.
-    ids = {prompt.id: records.content_id(prompt.model_dump(mode="json")) for prompt in prompts}
-    found: dict[str, list[dict[str, Any]]] = {prompt.id: [] for prompt in prompts}
-    wanted = dict.fromkeys(found, settings.n)
-    bar = tqdm(total=len(prompts), unit="request", desc="teacher", disable=not progress)
-
-    def tell(count: int) -> None:
-        bar.update(count)
-
-    with bar, Journal(out / "journal" / name, key) as journal:
-        for attempt in range(1 + settings.retries):
-            # Of answers that do not parse as many are asked for again, with another seed.
-            items = {
-                f"{ids[one.id]}:{attempt}": (one, attempt, wanted[one.id])
-                for one in prompts
-                if wanted[one.id]
-            }
-            if attempt:
-                bar.reset(bar.total + len(items))
-                bar.update(bar.total - len(items))
-            made = records.resume(journal, items, work, settings.concurrency, tell)
-            for (prompt, _, _), replies in zip(items.values(), made.values(), strict=True):
-                found[prompt.id] += replies
-                wanted[prompt.id] = sum(not _well_formed(one) for one in replies)
-    for prompt in prompts:
-        if _refused(prompt, found[prompt.id]):
-            own = _seed(seed, prompt, "spare")
-            asked = messages(prompt, policy, settings.render)
-            extra = spare.generate(asked, settings.n, sampler.model_copy(update={"seed": own}))
-            found[prompt.id] += [
-                one | {"seed": own, "attempt": 0, "fallback": spare.name} for one in extra
-            ]
-    return found
 
 
-def _seed(seed: int, prompt: Prompt, attempt: int | str) -> int:
-    return int(records.sha256(f"{seed}:{prompt.id}:{attempt}")[:8], 16)
+def _flips(
+    asking: Asking,
+    prompts: Sequence[Prompt],
+    journal: Journal,
+    judges: Judges,
+    settings: SynthesizeConfig,
+) -> dict[str, Any]:
+    """The flip rate of the self teacher on harmful prompts, held-out ones first.
 
-
-def _refused(prompt: Prompt, replies: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether all that a teacher said of a prompt is that it will not reason about it."""
-    if not replies or prompt.kind == "benign" or any(_well_formed(one) for one in replies):
-        return False
-    return all(refuses(reasoning.parse(one["text"]).answer) for one in replies)
-
-
-def _well_formed(reply: Mapping[str, Any]) -> bool:
-    finished = reply["finish"] != "length"
-    return finished and reasoning.parse(reply["text"]).status == "ok"
-
-
-def messages(prompt: Prompt, policy: Policy, render: str) -> list[dict[str, str]]:
-    """What a teacher is asked: T2 for benign prompts, T1 for all others; the prompt comes last."""
-    categories = [one for one in prompt.categories if one in policy.categories]
-    rules = policies.render(policy, None if render == "whole" or not categories else categories)
-    if prompt.kind == "benign":
-        if render != "whole":
-            rules = policies.render(policy, [])
-        return template.render("t2_reason_general", {"policy": rules, "prompt": prompt.text})
-    cited = [r.id for one in categories or policy.categories for r in policy.categories[one].rules]
-    slots = {
-        "policy": rules,
-        "prompt": prompt.text,
-        "modes": ", ".join(policy.modes),
-        "example_rule": cited[0] if cited else next(iter(policy.global_rules), "R1"),
-    }
-    return template.render("t1_reason_safe", slots)
+    One-line ValueError where the policy in context does too little for the model to teach itself.
+    """
+    risky = [one for one in prompts if one.kind in ("harmful", "jailbreak")]
+    risky.sort(key=lambda one: one.split != "dev")
+    measured = risky[: settings.flip_prompts]
+    if not measured:
+        return {"prompts": 0, "rate": None}
+    flips = asking.flips(measured, journal, judges.answer_risk)
+    rate = flips["rate"]
+    if rate is not None and rate < settings.min_flip_rate:
+        raise ValueError(
+            f"synthesize.teacher=self: with the policy in context {flips['safe_with_policy']} of "
+            f"{flips['unsafe_without_policy']} unsafe answers become safe, a rate of {rate:g}; "
+            f"synthesize.min_flip_rate={settings.min_flip_rate:g}. Try synthesize.steer, "
+            "synthesize.render=whole, a larger model or the template teacher"
+        )
+    return flips
 
 
 def _trace(
     prompt: Prompt,
     reply: Mapping[str, Any],
     i: int,
-    teacher: Teacher,
+    name: str,
+    origin: Any,
     settings: SynthesizeConfig,
     count: filters.CountTokens,
 ) -> Trace:
     finished = reply["finish"] != "length"
     parsed = reasoning.parse(reply["text"], finished=finished)
     fallback = reply.get("fallback")
+    name = fallback or name
     decided = reasoning.decision(parsed.reasoning)
     return Trace(
-        id=records.content_id(prompt.id, fallback or teacher.name, reply["seed"], i, reply["text"]),
+        id=records.content_id(prompt.id, name, reply["seed"], i, reply["text"]),
         parent_ids=(prompt.id,),
-        meta={"i": i, "attempt": reply["attempt"]},
+        meta={"i": i}
+        | {k: reply[k] for k in ("attempt", "edit", "of") if k in reply}
+        | ({"teacher_refusal": True} if fallback else {}),
         prompt_id=prompt.id,
-        model=fallback or teacher.name,
+        model=name,
         sampler=Sampler(
             temperature=settings.temperature,
             top_p=settings.top_p,
@@ -436,7 +457,7 @@ def _trace(
             prompt=count(prompt.text), reason=count(parsed.reasoning), answer=count(parsed.answer)
         ),
         finish=reply["finish"],
-        origin="template" if fallback else teacher.origin,
+        origin="template" if fallback else "repair" if reply.get("edit") == "repair" else origin,
     )
 
 

@@ -10,6 +10,7 @@ that it delivered whole.
 import argparse
 import hashlib
 import json
+import signal
 import socket
 import threading
 import urllib.request
@@ -231,9 +232,15 @@ def events(made: dict[str, Any]) -> bytes:
 
 
 def forward(upstream: str) -> Answer:
-    """Replies of a real server."""
+    """Replies of a real server, which is asked once for the same."""
+    known: dict[str, dict[str, Any]] = {}
 
     def answer(sent: dict[str, Any]) -> dict[str, Any]:
+        if key(sent) not in known:
+            known[key(sent)] = ask(sent)
+        return known[key(sent)]
+
+    def ask(sent: dict[str, Any]) -> dict[str, Any]:
         plain = {k: v for k, v in sent.items() if k not in ("stream", "stream_options")}
         request = urllib.request.Request(
             f"{upstream}/v1/chat/completions",
@@ -257,16 +264,15 @@ def main() -> None:
     def plan(sent: dict[str, Any]) -> list[str]:
         return [faults[int(key(sent), 16) % len(faults)]]  # one each, by content
 
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     with Server(plan, forward(args.upstream), args.port) as server:
         print(server.url, flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            twice = sum(n > 1 for n in server.delivered.values())
-            print(
-                f"{server.asked.total()} attempts at {len(server.asked)} requests, "
-                f"{server.delivered.total()} replies delivered, {twice} requests more than once"
-            )
+        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        twice = sum(n > 1 for n in server.delivered.values())
+        print(
+            f"{server.asked.total()} attempts at {len(server.asked)} requests, "
+            f"{server.delivered.total()} replies delivered, {twice} requests more than once"
+        )
 
 
 if __name__ == "__main__":

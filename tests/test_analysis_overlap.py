@@ -97,3 +97,22 @@ def test_centroid_cosine_by_hand():
     y = np.array([0, 0, 1, 1])  # means (2, 0) and (1, 2)
     assert overlap.centroid_cosine(x, y, np.zeros(2)) == pytest.approx(2 / (2 * 5**0.5))
     assert overlap.centroid_cosine(x, y, np.array([1.5, 1.0])) == pytest.approx(-1)
+
+
+def test_every_pair_of_groups_is_compared_in_every_layer():
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(90, 3, 12)).astype(np.float32)
+    groups = {name: np.arange(90)[i::3] for i, name in enumerate(("a", "b", "c"))}
+    states[groups["c"], 2] += 3  # c stands apart in the last layer alone
+    tokens = np.full(90, 7)
+    tokens[groups["b"]] = 9  # and b by its length
+    found = overlap.compare(
+        "m", states, groups, [str(i) for i in range(90)], tokens, layers=(0, 2), permutations=50
+    )
+    by = {(one.layer, *one.groups): one for one in found}
+    assert len(by) == len(found) == 6
+    assert {one.n for one in found} == {(30, 30)}
+    assert by[2, "a", "c"].c2st > 0.95 and by[2, "a", "c"].p < 0.05
+    assert by[2, "a", "c"].centroid_cosine < -0.9
+    assert by[0, "a", "c"].c2st < 0.7 and by[2, "a", "b"].c2st < 0.7
+    assert by[0, "a", "b"].c2st_length == 1.0 and by[0, "a", "c"].c2st_length == 0.5

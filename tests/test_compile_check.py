@@ -13,7 +13,7 @@ from saro_jax import compile_check, config
 from saro_jax.models.architecture import from_hf
 from saro_jax.parallel import topologies
 from saro_jax.parallel.topologies import GIB
-from saro_jax.training import trainable
+from saro_jax.training import abstract, flops, trainable
 
 LLAMA = "llama3.1_8b"
 V5P = topologies.find("v5p-32")
@@ -36,9 +36,7 @@ def prepared(stage: str, folder: Path, *overrides: str, **options):
     """A check of the v5p topology whose devices are this machine's: nothing of it is compiled."""
     devices = jax.devices()[:1]
     owner = stage if stage in ("rw", "srpo") else "rw"
-    return compile_check.prepare(
-        settings(owner, folder, *overrides), stage, V5P, devices, **options
-    )
+    return abstract.prepare(settings(owner, folder, *overrides), stage, V5P, devices, **options)
 
 
 def test_a_step_is_one_program_or_several(folder):
@@ -88,29 +86,29 @@ def test_abstract_rows_are_like_those_of_training(folder):
 
 
 def test_tokens_and_attention_of_a_pair_that_shares_its_prefix():
-    pair = compile_check._work(300, 200, "srpo", "shared")
+    pair = abstract._work(300, 200, "srpo", "shared")
     assert (pair.tokens, pair.sequence_tokens) == (300, 400)
     seen = sum(range(1, 101)) + 2 * sum(range(101, 201))
     assert pair.area == seen
-    twice = compile_check._work(600, 200, "srpo", "shared")
+    twice = abstract._work(600, 200, "srpo", "shared")
     assert twice == (600, 800, 2 * seen)
-    apart = compile_check._work(400, 200, "srpo", "separate")
+    apart = abstract._work(400, 200, "srpo", "separate")
     assert (apart.sequence_tokens, apart.area) == (400, 2 * sum(range(1, 201)))
-    assert compile_check._work(500, 200, "rw", "shared").area == 2 * 20100 + 5050
+    assert abstract._work(500, 200, "rw", "shared").area == 2 * 20100 + 5050
 
 
 def test_hand_counts_of_llama_8b():
     loaded = config.load(LLAMA, ["--model.remat=full"], "rw")
-    arch = compile_check.architecture(loaded)
-    size = sum(compile_check.matrix_sizes(arch).values())
+    arch = abstract.architecture(loaded)
+    size = sum(flops.matrix_sizes(arch).values())
     assert size == 7_504_658_432  # 8.03 B without the embedding table and the norms
     # 8 N T less the product with down that is not computed again: 230.5 TFLOP of 4096 tokens.
-    assert compile_check.executed_products(arch, loaded, 4096) == pytest.approx(230.52e12, rel=1e-4)
-    work = compile_check.Work(4096, 4096, 4096 * 4097 / 2)
-    model = compile_check.model_flops(arch, loaded, work, train=True)
+    assert flops.executed_products(arch, loaded, 4096) == pytest.approx(230.52e12, rel=1e-4)
+    work = flops.Work(4096, 4096, 4096 * 4097 / 2)
+    model = flops.model_flops(arch, loaded, work, train=True)
     assert model == pytest.approx(197.6e12, rel=1e-3)
     adapters = config.load(LLAMA, ["--lora.rank=8"], "rw")
-    frozen = compile_check.model_flops(arch, adapters, work, train=True)
+    frozen = flops.model_flops(arch, adapters, work, train=True)
     assert frozen == pytest.approx(4 * size * 4096 + 13.2e12, rel=1e-2)
 
 
@@ -127,7 +125,7 @@ def test_hand_counts_of_llama_8b():
 )
 def test_packaged_shapes(path, layers, vocabulary):
     loaded = config.load("quickstart", [f"--model.path={path}"], "rw")
-    arch = compile_check.architecture(loaded)
+    arch = abstract.architecture(loaded)
     assert (arch.num_layers, arch.vocab_size) == (layers, vocabulary)
 
 

@@ -177,6 +177,13 @@ def test_a_wrong_key_ends_the_run_and_is_told_nowhere(tmp_path: Path, capfd):
     assert KEY not in "".join(capfd.readouterr())
 
 
+def test_nothing_is_sent_after_an_error_that_ends_the_run(tmp_path: Path):
+    with Server(plan=lambda sent: ["key"] * 9) as server:
+        with pytest.raises(ValueError, match="401"):
+            ask(server.url, requests(6, n=8), settings(tmp_path, concurrency=3))
+        assert server.asked.total() <= 3
+
+
 def test_the_key_is_in_no_file(tmp_path: Path):
     with Server(plan=lambda sent: ["500"]) as server:
         ask(server.url, requests(3), settings(tmp_path))
@@ -327,13 +334,20 @@ def test_an_interrupt_keeps_what_runs(tmp_path: Path):
 
 def test_extra_fields_and_prefix(server: Server, tmp_path: Path):
     extra = '{"max_tokens": null, "max_completion_tokens": 9}'
-    begun = [Request("p", ({"role": "user", "content": "Go"},), Sampler(top_k=4), prefix="<think>")]
+    sampler = Sampler(top_k=4, min_p=0.5, stop=("END",))
+    begun = [Request("p", ({"role": "user", "content": "Go"},), sampler, prefix="<think>")]
     ask(server.url, begun, settings(tmp_path, extra=extra, stream=True))
     (body,) = server.bodies
     assert body["max_completion_tokens"] == 9 and "max_tokens" not in body and body["top_k"] == 4
+    assert body["min_p"] == 0.5 and body["stop"] == ["END"]
     assert body["messages"][-1] == {"role": "assistant", "content": "<think>"}
     assert body["continue_final_message"] is True and body["add_generation_prompt"] is False
     assert body["stream"] is True and body["stream_options"] == {"include_usage": True}
+
+
+def test_budget_forcing_is_not_for_servers(server: Server, tmp_path: Path):
+    with pytest.raises(ValueError, match="r0: think_tokens=5: no server takes it"):
+        ask(server.url, requests(1, think_tokens=5), settings(tmp_path))
 
 
 def test_log_probs_are_asked_for_and_kept(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
+from faults import Server
 
 from saro_jax import records, synthesize
 from saro_jax.config import Config, SynthesizeConfig
@@ -50,10 +53,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config(data: Path, seed: int = 0, **settings: Any) -> Config:
+def config(data: Path, seed: int = 0, server: Any = None, **settings: Any) -> Config:
     given = [f"{name}={data}/{name}.jsonl" for name in ("harmful", "benign", "borderline")]
     section = {"prompts": given} | SMALL | settings
-    return Config.model_validate({"data": {"train": "x"}, "synthesize": section, "seed": seed})
+    sections = {"data": {"train": "x"}, "synthesize": section, "server": server or {}}
+    return Config.model_validate(sections | {"seed": seed})
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -352,6 +356,228 @@ def test_what_a_teacher_is_asked(data: Path, tmp_path: Path):
     assert "P4.R1" in asked[BORDERLINE[0]["prompt"]]  # no label: all of the policy
 
 
+# ---- teachers that are models --------------------------------------------------------------------
+
+
+def model_answer(sent: dict[str, Any]) -> dict[str, Any]:
+    """A model's reply, by rules: it reasons where it is told to, and helps with boats anyway."""
+    system = sent["messages"][0]["content"] if len(sent["messages"]) > 1 else ""
+    prompt = sent["messages"][-1]["content"]
+    made = faults.echo(sent)
+    seed = sent["seed"] % 7
+    if (extra := beside(system, prompt, sent)) is not None:
+        made["choices"][0]["message"]["content"] = extra
+        return made
+    thought = f"They want this: {prompt} Take {seed} looks.\n\n" + "Think it over. " * seed
+    if not system:
+        text = "I can't help with that." if "painting" in prompt else "Sure, do this."
+    elif "stranger" in prompt and "boat" not in prompt:
+        rule = re.findall(r"P\d+\.R\d+", system)[0]
+        text = reasoning.render(
+            f"{thought}\n\n{rule} forbids it.\n\nDecision: refuse", "I can't help with that."
+        )
+    else:
+        total = sum(map(int, re.findall(r"\d+", prompt)))
+        text = reasoning.render(f"{thought}\n\nDecision: comply", f"It is {total}.")
+    made["choices"][0]["message"]["content"] = text
+    return made
+
+
+def beside(system: str, prompt: str, sent: dict[str, Any]) -> str | None:
+    """What the model says as a guard, and to T5, T6, T3 and T8; None for other requests."""
+    if sent["messages"][-1]["role"] == "assistant":  # a guard: it minds three looks, till mended
+        return "unsafe\nS2" if "Take 3 looks" in prompt and "Rather" not in prompt else "safe"
+    if system.startswith("You sort requests"):
+        kind = "benign" if "process" in prompt else "borderline"
+        category = "P3" if "show" in prompt and sent["seed"] % 2 else "P0"
+        return f"```json\n{json.dumps({'categories': [category], 'kind': kind})}\n```"
+    if system.startswith("You grade the work"):
+        third = 5 if "Take 5 looks" in prompt else 9
+        return json.dumps({"scores": [9, 9, third], "reason": "so"})
+    if system.startswith("You correct the course"):
+        rule = re.findall(r"P\d+\.R\d+", system)
+        return (
+            f"Rather, that looked too closely; {rule[0]} decides.\n\nDecision: refuse\n</think>"
+            "\n\nI can't help with that."
+        )
+    if system.startswith("You tighten"):
+        thought = prompt.partition("Thinking:")[2].partition("Answer:")[0].strip()
+        return re.sub(r"(Think it over\. )+", "Think it over. ", thought)
+    return None
+
+
+def at(server: Server, tmp_path: Path, teacher: str = "api", **given: Any) -> dict[str, Any]:
+    """Settings for a teacher behind a server."""
+    where = {"teacher_url": server.url, "teacher_model": "tiny"}
+    cache = {"cache": str(tmp_path / "replies.sqlite"), "backoff": 0.01}
+    return {"teacher": teacher, **where, "server": cache | given}
+
+
+def test_a_teacher_behind_a_server_that_fails(data: Path, tmp_path: Path, capsys):
+    with Server(answer=model_answer) as server:
+        clean = synthesize.run(config(data, **at(server, tmp_path)), tmp_path / "clean")
+        asked = server.delivered.total()
+    kinds = ["429-ms", "500", "truncated", "cut", "html", "drop", "text", "unasked"]
+
+    def plan(sent: dict[str, Any]) -> list[str]:
+        return [kinds[int(faults.key(sent), 16) % len(kinds)]]
+
+    prices: Any = {"input_price": 1.0, "output_price": 10.0}
+    with Server(plan=plan, answer=model_answer) as server:
+        given = at(server, tmp_path / "x", stream=True, concurrency=3, **prices)
+        made = synthesize.run(config(data, **given), tmp_path / "faults")
+        assert set(server.delivered.values()) == {1} and server.delivered.total() == asked
+        # Elsewhere the same command finds all replies in the cache.
+        synthesize.run(config(data, **given), tmp_path / "again")
+        assert server.delivered.total() == asked
+    assert contents(tmp_path / "faults") == contents(tmp_path / "clean")
+    assert contents(tmp_path / "again") == contents(tmp_path / "clean")
+    assert records.comparable(made) == records.comparable(clean)
+    assert made["model"] == "tiny" and made["report"]["yield"]["benign"]["yield"] == 1.0
+    assert made["run"]["cost"] == pytest.approx(asked * (10 * 1 + 5 * 10) / 1e6)
+    assert made["run"]["server"]["requests"] == server.asked.total()
+    _, traces, _ = read(tmp_path / "clean")
+    assert {(trace.model, trace.origin) for trace in traces} == {("tiny", "teacher")}
+    assert "attempts failed" in synthesize.summary(made, tmp_path)
+
+
+def test_the_flip_rate_of_the_self_teacher(data: Path, tmp_path: Path):
+    with Server(answer=model_answer) as server:
+        given = at(server, tmp_path, "self", concurrency=2)
+        made = synthesize.run(config(data, jailbreaks=0, **given), tmp_path / "out")
+        # Five of six answers without the policy are unsafe; that about the boat stays so.
+        flips = {"prompts": 6, "unsafe_without_policy": 5, "safe_with_policy": 4, "rate": 0.8}
+        assert made["report"]["flip_rate"] == flips | {"judged_by": "refusal rules"}
+        assert "flip rate         4 of 5 unsafe" in synthesize.summary(made, tmp_path)
+        _, traces, _ = read(tmp_path / "out")
+        assert {trace.origin for trace in traces} == {"self"}
+        strict = config(data, jailbreaks=0, min_flip_rate=0.9, **given)
+        with pytest.raises(ValueError, match=r"4 of 5 unsafe answers become safe, a rate of 0\.8"):
+            synthesize.run(strict, tmp_path / "strict")
+        judge = Judges(
+            answer_risk=lambda pairs: [0.9 if "Sure" in text else 0 for _, text in pairs]
+        )
+        made = synthesize.run(
+            config(data, jailbreaks=0, **given), tmp_path / "j", judges=judge, judges_version="x"
+        )
+        assert made["report"]["flip_rate"]["rate"] == 1.0
+
+
+@pytest.mark.slow
+def test_a_teacher_that_runs_here(data: Path, tmp_path: Path):
+    import tiny
+
+    model = tiny.write_model(tmp_path / "tiny", config={"max_position_embeddings": 16384})
+    small: dict[str, Any] = {"n": 2, "retries": 0, "jailbreaks": 0, "max_new_tokens": 3}
+    made = {}
+    for teacher, slots in (("local", 2), ("local", 7), ("self", 3)):
+        out = tmp_path / f"{teacher}{slots}"
+        given: dict[str, Any] = small | {"teacher": teacher, "concurrency": slots}
+        given["teacher_model"] = str(model)
+        if teacher == "self":
+            given["min_flip_rate"] = 0.0
+        made[out.name] = synthesize.run(config(data, wrapped_benign=0, **given), out)
+    assert made["local2"]["model"] == str(model) and len(made["local2"]["model_sha"]) == 16
+    assert made["local2"]["drop_reasons"]["parse"] == 2 * 15
+    assert contents(tmp_path / "local2") == contents(tmp_path / "local7")
+    assert made["self3"]["report"]["flip_rate"]["prompts"] == 6
+    # What does not fit is rejected with its reason; that nothing fits ends the run.
+    narrow = tiny.write_model(tmp_path / "narrow", config={"max_position_embeddings": 4096})
+    given = small | {"teacher": "local", "teacher_model": str(narrow), "concurrency": 4}
+    less = synthesize.run(config(data, wrapped_benign=0, **given), tmp_path / "less")
+    assert less["drop_reasons"]["no answer"] > 0 and less["drop_reasons"]["parse"] > 0
+    assert (
+        "3 exceed the model's 4096 positions"
+        in (tmp_path / "less" / "rejects" / "prompts.jsonl").read_text()
+    )
+    none = tiny.write_model(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"none: no request succeeded: .* tokens"):
+        given = small | {"teacher": "local", "teacher_model": str(none)}
+        synthesize.run(config(data, wrapped_benign=0, **given), tmp_path / "no")
+
+
+def test_labels_guard_scores_repairs_and_shortening(data: Path, tmp_path: Path):
+    """All that a teacher does beside answering, killed by a budget in between, is paid for once."""
+    steps: dict[str, Any] = {
+        "label": True,
+        "score": True,
+        "repair": True,
+        "compress": True,
+        "n": 8,
+        "jailbreaks": 0,
+        "wrapped_benign": 0,
+    }
+    with Server(answer=model_answer) as server:
+        steps["guard"] = f"llama_guard_3=guard@{server.url}"
+        given = at(server, tmp_path)
+        plain = synthesize.run(config(data, n=8, **given), tmp_path / "plain")
+        before = server.delivered.total()
+        small = at(server, tmp_path, max_requests=150)
+        with pytest.raises(ValueError, match=r"server\.max_requests=150"):
+            synthesize.run(config(data, **small, **steps), tmp_path / "out")
+        assert server.delivered.total() > before
+        made = synthesize.run(config(data, **given, **steps), tmp_path / "out")
+        assert set(server.delivered.values()) == {1}
+        again = synthesize.run(config(data, **given, **steps), tmp_path / "again")
+        assert set(server.delivered.values()) == {1}
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    assert records.comparable(again) == records.comparable(made)
+    prompts, traces, rows_made = read(tmp_path / "out")
+    # Two borderline prompts have no category; both get one, one other than its kind says.
+    labels = made["report"]["labels"]
+    assert labels["asked"] == 2 and labels["agreed"] + labels["doubtful"] == 2
+    process = next(one for one in prompts if "process" in one.text)
+    assert process.categories == ("P0",) and process.label_conf == 0.5
+    assert process.meta["labels"][0] == {"categories": ["P0"], "kind": "benign"}
+    # The guard's verdicts and the scores stand in the rows, and drop what they object to.
+    assert all(row.judgments["quality"] == [9, 9, 9] for row in rows_made)
+    assert all(row.judgments["reasoning_risk"] == 0 for row in rows_made)
+    dropped = made["drop_reasons"]
+    assert dropped["reasoning_safety"] > 0 and dropped["quality"] > 0
+    assert "reasoning_safety" not in plain["drop_reasons"]
+    # What was mended goes on from the first unsafe step, and passed all filters itself.
+    mended = [trace for trace in traces if trace.meta.get("edit") == "repair"]
+    assert made["report"]["repair"]["accepted"] == len(mended) > 0
+    for trace in mended:
+        assert trace.origin == "repair" and "Take 3 looks" in trace.steps[0].text
+        assert any(step.text.startswith("Rather") for step in trace.steps)
+    short = [trace for trace in traces if trace.meta.get("edit") == "compress"]
+    assert made["report"]["compress"]["accepted"] == len(short) > 0
+    by_id = {trace.id: trace for trace in traces}
+    for trace in short:
+        whole = by_id[trace.meta["of"]]
+        assert (trace.n_tok.reason or 0) < (whole.n_tok.reason or 0)
+        assert trace.parsed.answer == whole.parsed.answer
+    said = synthesize.summary(made, tmp_path)
+    assert "labels            2 asked" in said and "compress          " in said
+
+
+def test_what_the_server_withholds_is_told_and_replaced(data: Path, tmp_path: Path):
+    plan = lambda sent: ["filtered"] * 9 * ("the car of" in str(sent))  # noqa: E731
+    with Server(plan=plan, answer=model_answer) as server:
+        made = synthesize.run(config(data, jailbreaks=0, **at(server, tmp_path)), tmp_path)
+        assert all(n == 1 for n in server.asked.values())
+    assert made["report"]["withheld"] == made["drop_reasons"]["filter"] == 3
+    assert made["report"]["teacher_refusals"] == 1
+    _, traces, _ = read(tmp_path)
+    spare = [trace for trace in traces if trace.origin == "template"]
+    assert spare and all(trace.meta["teacher_refusal"] for trace in spare)
+
+
+def test_what_the_server_refuses_has_its_reason(data: Path, tmp_path: Path):
+    plan = lambda sent: ["refuse"] * 9 * ("the car of" in str(sent))  # noqa: E731
+    with Server(plan=plan, answer=model_answer) as server:
+        made = synthesize.run(config(data, jailbreaks=0, **at(server, tmp_path)), tmp_path)
+    assert made["drop_reasons"]["no answer"] == 1
+    rejects = (tmp_path / "rejects" / "prompts.jsonl").read_text()
+    assert "no answer: 400: context is too long" in rejects
+    with (
+        Server(plan=lambda sent: ["refuse"] * 9) as server,
+        pytest.raises(ValueError, match="tiny: no request succeeded: 400: context is too long"),
+    ):
+        synthesize.run(config(data, **at(server, tmp_path / "y")), tmp_path / "all")
+
+
 # ---- evaluation sets -----------------------------------------------------------------------------
 
 
@@ -395,6 +621,24 @@ def test_the_command_on_the_packaged_prompts(tmp_path: Path, capsys, monkeypatch
     ("arguments", "error"),
     [
         ([], "--out: required: output folder"),
+        (
+            ["--out=x", "--synthesize.teacher=api"],
+            "--synthesize.teacher=api: synthesize.teacher=api needs synthesize.teacher_url",
+        ),
+        (
+            ["--out=x", "--synthesize.guard=harmbench=x"],
+            "--synthesize.guard=harmbench=x: expected NAME=MODEL or NAME=MODEL@URL, NAME one of ",
+        ),
+        (
+            ["--out=x", "--synthesize.score=true"],
+            "--synthesize.score=true: synthesize.score=true has no meaning with "
+            "synthesize.teacher=template",
+        ),
+        (
+            ["--out=x", "--synthesize.steer=Careful."],
+            "--synthesize.steer=Careful.: synthesize.steer=Careful. has no meaning with "
+            "synthesize.teacher=template",
+        ),
         (["--out=x", "--synthesize.prompts=none.jsonl"], "none.jsonl: no such file or folder"),
         (["--out=x", "--synthesize.policy=none.yaml"], "none.yaml: cannot be read"),
         (["--out=x", "--synthesize.prompts=bad=x.jsonl"], "--synthesize.prompts=bad=x.jsonl: exp"),
@@ -417,7 +661,18 @@ def changes(data: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Per setting: a change, and what it needs beside it."""
     benign = f"benign={data}/benign.jsonl"
     reached = {"evaluation": f"{data}/near.jsonl"}
+    own = {"teacher": "self"}  # behind the server of the test
     return {
+        "teacher": ("self", {}),
+        "label": (True, own),
+        "guard": ("llama_guard_3=guard@SERVER", own),
+        "score": (True, own),
+        "repair": (True, own | {"guard": "llama_guard_3=guard@SERVER"}),
+        "compress": (True, own),
+        "teacher_model": ("other", own),
+        "steer": ("Take care.", own),
+        "min_flip_rate": (0.9, own),
+        "flip_prompts": (1, own),
         "prompts": ([benign], {}),
         "columns": ("answer=question", {}),
         "split": ("test", {}),
@@ -461,7 +716,7 @@ class Half(TemplateTeacher):
 
 
 def test_the_table_has_every_setting(data: Path):
-    assert set(changes(data)) | {"concurrency"} == set(SynthesizeConfig.model_fields)
+    assert set(changes(data)) | {"concurrency", "teacher_url"} == set(SynthesizeConfig.model_fields)
 
 
 @pytest.fixture(scope="module")
@@ -490,11 +745,16 @@ def test_a_setting_changes_something(name: str, data, baselines, tmp_path: Path,
     def run(out: Path, **settings: Any) -> Any:
         Half.seen = []
         given: dict[str, Any] = {"prompts": [*files, f"benign={data}/folder"]} | settings
-        try:
-            synthesize.run(config(data, **given), out, teacher=Half)
-        except ValueError as error:
-            return str(error)
-        return contents(out), sorted(Half.seen)
+        with Server(answer=model_answer) as server:
+            own = "teacher" in given
+            given = at(server, out, given.get("teacher", "")) | given if own else given
+            if "guard" in given:
+                given["guard"] = given["guard"].replace("SERVER", server.url)
+            try:
+                synthesize.run(config(data, **given), out, teacher=None if own else Half)
+            except ValueError as error:
+                return str(error)
+            return contents(out), sorted(Half.seen), sorted(server.asked)
 
     key = json.dumps(needs)
     if key not in baselines:

@@ -3,11 +3,13 @@
 Legend: N prompts of two groups, D hidden width, R permutations.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from saro_jax.analysis import linear
+from saro_jax.analysis.results import Overlap
 
 NEIGHBOURS = 10
 PERMUTATIONS = 200
@@ -85,3 +87,51 @@ def mmd2(
     # Equal rows tie exactly in theory, and up to rounding here.
     count = int((value_R[1:] >= value_R[0] - 1e-12).sum())
     return float(value_R[0]), (1 + count) / (1 + permutations)
+
+
+def compare(
+    model: str,
+    states_NLD: np.ndarray,
+    groups: Mapping[str, np.ndarray],
+    bases: list[str],
+    tokens_N: np.ndarray,
+    *,
+    layers: Sequence[int],
+    seed: int = 0,
+    permutations: int = PERMUTATIONS,
+) -> list[Overlap]:
+    """Every pair of groups in every layer.
+
+    groups: rows of states by name, in order; bases [N] names what a prompt was made from, so that a
+    request and its disguise are never on two sides of a fold; tokens_N: lengths, the control.
+    """
+    found = []
+    pairs = []
+    for a, b in itertools.combinations(groups, 2):
+        rows = np.concatenate([groups[a], groups[b]])
+        y_N = np.repeat([0, 1], [len(groups[a]), len(groups[b])])
+        parts = linear.folds(y_N, [bases[i] for i in rows], seed)
+        lengths_N1 = tokens_N[rows, None].astype(np.float64)
+        pairs.append((a, b, rows, y_N, parts, c2st(lengths_N1, y_N, parts)))
+    for layer in layers:
+        x_ND = states_NLD[:, layer]
+        centre_D = np.mean([x_ND[rows].mean(0, dtype=np.float64) for rows in groups.values()], 0)
+        for a, b, rows, y_N, parts, by_length in pairs:
+            mine_ND = x_ND[rows]
+            d_NN = distances(linear.standardised(mine_ND))
+            mmd, p = mmd2(d_NN, y_N, seed, permutations)
+            found.append(
+                Overlap(
+                    model=model,
+                    layer=layer,
+                    groups=(a, b),
+                    n=(len(groups[a]), len(groups[b])),
+                    c2st=c2st(mine_ND, y_N, parts),
+                    c2st_length=by_length,
+                    knn_purity=knn_purity(d_NN, y_N),
+                    centroid_cosine=centroid_cosine(mine_ND, y_N, centre_D),
+                    mmd2=mmd,
+                    p=p,
+                )
+            )
+    return found

@@ -3,14 +3,19 @@
 Legend: N prompts that are fitted, M that are tested, D hidden width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from saro_jax.analysis import linear
+from saro_jax.analysis.results import Probe
 
 CONTROLS = 5  # probes on random labels
+SMALLEST = 5  # prompts of a group that is read
+TRAINED = "harmful|benign"
+# What the probe has not seen: disguised harm against what only looks like it.
+DISGUISED = (("jailbreak", "borderline"), ("jailbreak", "wrapped"), ("harmful", "borderline"))
 
 
 @dataclass(frozen=True)
@@ -68,3 +73,63 @@ def probability(scores: np.ndarray) -> np.ndarray:
 def _folded(found: Sequence[float | None]) -> float | None:
     known = [max(one, 1 - one) for one in found if one is not None]
     return float(np.mean(known)) if known else None
+
+
+def compare(
+    model: str,
+    position: str,
+    states_NLD: np.ndarray,
+    groups: Mapping[str, np.ndarray],
+    bases: list[str],
+    *,
+    layers: Sequence[int],
+    seed: int = 0,
+) -> list[Probe]:
+    """Probes of each layer, fitted on harmful against benign, read on these and on disguises.
+
+    groups: rows of states by name; what is missing or smaller than SMALLEST is left out.
+    """
+    known = {name: rows for name, rows in groups.items() if len(rows) >= SMALLEST}
+    if not {"harmful", "benign"} <= set(known):
+        return []
+    fitted = np.concatenate([known["benign"], known["harmful"]])
+    y_N = np.repeat([0, 1], [len(known["benign"]), len(known["harmful"])])
+    names = [bases[i] for i in fitted]
+    found = []
+    for layer in layers:
+        x_ND = states_NLD[fitted, layer]
+        own = cross_validated(x_ND, y_N, names, seed)
+        shift = {"benign": own.scores[y_N == 0], "harmful": own.scores[y_N == 1]}
+        found.append(_probe(model, layer, position, TRAINED, own, shift, len(y_N)))
+        for harmful, harmless in DISGUISED:
+            if not {harmful, harmless} <= set(known):
+                continue
+            rows = np.concatenate([known[harmless], known[harmful]])
+            y_M = np.repeat([0, 1], [len(known[harmless]), len(known[harmful])])
+            read = transfer(x_ND, y_N, states_NLD[rows, layer], y_M, seed)
+            shift = {harmless: read.scores[y_M == 0], harmful: read.scores[y_M == 1]}
+            test = f"{harmful}|{harmless}"
+            found.append(_probe(model, layer, position, test, read, shift, len(y_M)))
+    return found
+
+
+def _probe(
+    model: str,
+    layer: int,
+    position: str,
+    test: str,
+    read: Reading,
+    shift: Mapping[str, np.ndarray],
+    n: int,
+) -> Probe:
+    return Probe(
+        model=model,
+        layer=layer,
+        position=position,
+        train=TRAINED,
+        test=test,
+        auroc=read.auroc,
+        selectivity=read.selectivity,
+        shift={name: float(probability(scores).mean()) for name, scores in shift.items()},
+        n=n,
+    )

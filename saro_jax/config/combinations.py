@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from saro_jax.config.tree import (
         Config,
         EvaluateConfig,
+        PairsConfig,
         ServerConfig,
         SRPOConfig,
         SynthesizeConfig,
@@ -71,6 +72,7 @@ def check(config: Config) -> None:
     _check_adapters(config)
     _check_synthesize(config.synthesize)
     _check_evaluate(config.evaluate)
+    _check_pairs(config.pairs)
     _check_server(config.server)
     for axis, size in config.mesh:
         if size == 0:
@@ -154,6 +156,33 @@ def _check_evaluate(evaluate: EvaluateConfig) -> None:
         )
 
 
+def _check_teacher(synthesize: SynthesizeConfig) -> None:
+    teacher, default = synthesize.teacher, type(synthesize).model_fields
+    needs = {"api": ("teacher_url", "teacher_model"), "local": ("teacher_model",)}
+    for key in needs.get(teacher, ()):
+        if getattr(synthesize, key) is None:
+            raise ValueError(f"synthesize.teacher={teacher} needs synthesize.{key}")
+    if teacher == "self" and synthesize.teacher_url and not synthesize.teacher_model:
+        raise ValueError("synthesize.teacher_url needs synthesize.teacher_model")
+    if synthesize.repair and synthesize.guard is None:
+        raise ValueError("synthesize.repair=true needs synthesize.guard")
+    unread = {
+        "template": (
+            *("teacher_model", "teacher_url", "steer", "min_flip_rate", "flip_prompts"),
+            *("label", "score", "repair", "compress"),
+        ),
+        "api": ("min_flip_rate", "flip_prompts"),
+        "local": ("teacher_url", "min_flip_rate", "flip_prompts"),
+    }
+    for key in unread.get(teacher, ()):
+        value = getattr(synthesize, key)
+        if value != default[key].default:
+            raise ValueError(
+                f"synthesize.{key}={as_typed(value)} has no meaning with "
+                f"synthesize.teacher={teacher}"
+            )
+
+
 def _check_synthesize(synthesize: SynthesizeConfig) -> None:
     """Shares that are shares, limits that leave something, settings that are read."""
     shares = synthesize.mix.split(":")
@@ -164,6 +193,7 @@ def _check_synthesize(synthesize: SynthesizeConfig) -> None:
             "jailbreak : benign : borderline)"
         )
     default = type(synthesize).model_fields
+    _check_teacher(synthesize)
     if synthesize.size is None and synthesize.mix != default["mix"].default:
         raise ValueError(
             f"synthesize.mix={synthesize.mix} has no meaning with synthesize.size=null, which "
@@ -186,6 +216,28 @@ def _check_synthesize(synthesize: SynthesizeConfig) -> None:
                 raise ValueError(
                     f"synthesize.{key}={value} has no meaning with synthesize.evaluation=null"
                 )
+
+
+def _check_pairs(pairs: PairsConfig) -> None:
+    """Shares that are shares, thresholds in their order, settings that are read."""
+    default = type(pairs).model_fields
+    for key, count in (("quotas", 4), ("mix", 7)):
+        value = getattr(pairs, key)
+        shares = [one for one in value.split(":") if re.fullmatch(r"\d+(\.\d+)?", one)]
+        if len(shares) != count or value.count(":") != count - 1 or not sum(map(float, shares)):
+            raise ValueError(
+                f"pairs.{key}={value}: expected {count} shares like {default[key].default}"
+            )
+        if pairs.size is None and value != default[key].default:
+            raise ValueError(
+                f"pairs.{key}={value} has no meaning with pairs.size=null, which takes all pairs"
+            )
+    if pairs.safe > pairs.unsafe:
+        raise ValueError(f"pairs.safe={pairs.safe:g} is more than pairs.unsafe={pairs.unsafe:g}")
+    if pairs.negatives is None and pairs.off_policy != default["off_policy"].default:
+        raise ValueError(
+            f"pairs.off_policy={pairs.off_policy:g} has no meaning with pairs.negatives=null"
+        )
 
 
 def _check_adapters(config: Config) -> None:

@@ -15,10 +15,7 @@ from saro_jax.config.values import as_typed, nearest, type_name
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of a stage beside the tree: `--name=value`, or `--name` alone for a switch.
-
-    One that can be given `several` times comes as the list of its values.
-    """
+    """A flag of a stage beside the tree: `--name=value`, or `--name` alone for a switch."""
 
     name: str
     help: str
@@ -27,7 +24,7 @@ class Flag:
     choices: tuple[str, ...] = ()
     required: bool = False
     switch: bool = False
-    several: bool = False
+    many: bool = False  # may be given several times; the values are a tuple
 
     @property
     def key(self) -> str:
@@ -35,23 +32,33 @@ class Flag:
 
 
 def parse_command_line(
-    prog: str, doc: str, argv: Sequence[str], flags: Sequence[Flag], tree: bool = True
+    prog: str,
+    doc: str,
+    argv: Sequence[str],
+    flags: Sequence[Flag],
+    tree: bool = True,
+    places: str = "",
 ) -> Namespace:
     """Parse a stage's flags; what is left must be overrides of the tree, kept as `.overrides`.
 
-    `--a=b` and `--a b` are the same. `tree=False` is for a stage that reads no Config. `--help`
-    prints `doc`, the flags and all fields, and exits. Raises a one-line ValueError that names the
-    flag; values of overrides are checked by `load`.
+    `--a=b` and `--a b` are the same. `tree=False` is for a stage that reads no Config. `places` is
+    the name of the arguments without dashes, where a stage takes such; they are kept as `.places`.
+    `--help` prints `doc`, the flags and all fields, and exits. Raises a one-line ValueError that
+    names the flag; values of overrides are checked by `load`.
     """
     known = {flag.name: flag for flag in flags}
     values: dict[str, Any] = {}
     overrides: list[str] = []
     rest = list(argv)
+    named: list[str] = []
     while rest:
         token = rest.pop(0)
         if token in ("-h", "--help"):
-            print(_stage_help(prog, doc, flags, tree))
+            print(_stage_help(f"{prog} {places}..." if places else prog, doc, flags, tree))
             raise SystemExit(0)
+        if places and not token.startswith("-"):
+            named.append(token)
+            continue
         if not token.startswith("--") or token == "--":
             raise ValueError(f"unexpected argument {token!r}; options are given as --name=value")
         name, equals, text = token[2:].partition("=")
@@ -71,8 +78,8 @@ def parse_command_line(
             text = rest.pop(0)
         if flag is None:
             overrides.append(f"--{name}={text}")
-        elif flag.several:
-            values.setdefault(flag.key, []).append(_flag_value(flag, text))
+        elif flag.many:
+            values[flag.key] = (*values.get(flag.key, ()), _flag_value(flag, text))
         elif flag.key in values:
             raise ValueError(f"--{name}={text}: given twice")
         else:
@@ -80,8 +87,8 @@ def parse_command_line(
     for flag in flags:
         if flag.required and flag.key not in values:
             raise ValueError(f"--{flag.name}: required: {flag.help}")
-        values.setdefault(flag.key, False if flag.switch else flag.default)
-    return Namespace(**values, overrides=overrides)
+        values.setdefault(flag.key, False if flag.switch else () if flag.many else flag.default)
+    return Namespace(**values, overrides=overrides, places=named)
 
 
 def help_text() -> str:
@@ -116,6 +123,8 @@ def _stage_help(prog: str, doc: str, flags: Sequence[Flag], tree: bool) -> str:
         value = "|".join(flag.choices) or "VALUE"
         head = f"--{flag.name}" if flag.switch else f"--{flag.name}={value}"
         default = "required" if flag.required else f"default {as_typed(flag.default)}"
+        if flag.many:
+            default = f"{'required, ' * flag.required}can be given several times"
         lines += _entry(head, flag.help if flag.switch else f"{flag.help} [{default}]")
     lines += _entry("--help", "print this and exit")
     if tree:

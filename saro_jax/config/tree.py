@@ -390,6 +390,61 @@ class SynthesizeConfig(Section):
     policy: str = Field(
         default="saro", description="the safety policy: a YAML file, or a packaged one's name"
     )
+    teacher: Literal["template", "api", "local", "self"] = Field(
+        default="template",
+        description="what answers: template = stems, without a model; api = a model behind "
+        "synthesize.teacher_url; local = another model, run here; self = the model that is to be "
+        "trained, with the policy in context, run here or behind synthesize.teacher_url",
+    )
+    teacher_model: str | None = Field(
+        default=None,
+        description="the model: its name at the server, or Hub id, folder, .gguf file or "
+        "'quickstart'; null = model.path, for self only",
+    )
+    teacher_url: str | None = Field(
+        default=None,
+        description="an OpenAI-compatible server, with its /v1; section server says how it is "
+        "asked; changes no result",
+    )
+    steer: str | None = Field(
+        default=None,
+        description="a line before harmful prompts and jailbreaks that tips the teacher to caution",
+    )
+    min_flip_rate: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share (0 to 1) of its unsafe answers that the policy in context must turn for "
+        "the self teacher; below it the run ends; 0 = any",
+    )
+    flip_prompts: int = Field(
+        default=32,
+        ge=1,
+        description="harmful prompts and jailbreaks at most on which that share is measured, held "
+        "out ones first",
+    )
+    label: bool = Field(
+        default=False,
+        description="the teacher labels prompts that have no category and are not benign (T5)",
+    )
+    guard: str | None = Field(
+        default=None,
+        description="guard that judges answers and reasoning: NAME=MODEL or NAME=MODEL@URL, as "
+        "judge has them; null = none does",
+    )
+    score: bool = Field(
+        default=False, description="the teacher scores answers, which need 8 of 10 each time (T6)"
+    )
+    repair: bool = Field(
+        default=False,
+        description="the teacher goes on from the first unsafe step of reasoning that the guard "
+        "drops (T3)",
+    )
+    compress: bool = Field(
+        default=False,
+        description="the teacher shortens the reasoning of each prompt's best answer, which then "
+        "competes (T8)",
+    )
     render: Literal["relevant", "whole"] = Field(
         default="relevant",
         description="what of the policy the teacher is told: rules of the prompt's categories, or "
@@ -405,7 +460,10 @@ class SynthesizeConfig(Section):
         default=3, ge=0, description="times that answers which do not parse are asked for again"
     )
     concurrency: int = Field(
-        default=8, ge=1, description="prompts at the teacher at a time; does not change the result"
+        default=8,
+        ge=1,
+        description="sequences that a teacher run here decodes at a time, and calls of one given "
+        "from Python; does not change the result",
     )
     tokenizer: str | None = Field(
         default=None,
@@ -484,6 +542,69 @@ class EvaluateConfig(Section):
     )
 
 
+class SampleConfig(Section):
+    """Answers of the model to prompts; only sample reads it."""
+
+    prompts: str | list[str] = Field(
+        default="quickstart:held_out",
+        description="prompts: file, folder or Hub id of rows, or prompts.jsonl of a stage, or "
+        "several of them; KIND=SOURCE (harmful, jailbreak, benign, borderline) where the rows have "
+        "no column kind",
+    )
+    columns: str | list[str] | None = Field(
+        default=None,
+        description="FIELD=COLUMN, or several of them, where a source's columns are not found by "
+        "their names: prompt, kind, categories, answer, base_id, id, license, lang",
+    )
+    split: str = Field(
+        default="train",
+        description="split that is read from a Hub id, and of prompts.jsonl; of that, all = any",
+    )
+    policy: str = Field(
+        default="saro",
+        description="the safety policy that the rows' categories are of: a YAML file, or a "
+        "packaged one's name",
+    )
+    limit: int | None = Field(
+        default=None, ge=1, description="prompts at most, the first ones; null = all"
+    )
+    n: int = Field(default=8, ge=1, description="answers to each prompt")
+    temperature: float = Field(default=1.0, ge=0, description="0 = greedy")
+    top_p: float = Field(
+        default=0.95, gt=0, le=1, description="probability mass (0 to 1) that is sampled from"
+    )
+    top_k: int = Field(default=0, ge=0, description="tokens that are sampled from; 0 = all")
+    min_p: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="probability of a token at least, as a share of the most probable one's",
+    )
+    max_new_tokens: int = Field(
+        default=1024, ge=1, description="tokens of reasoning and answer together at most"
+    )
+    think_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens after which an unfinished thought is closed (budget forcing), as is "
+        "one in which the turn ends; null = never",
+    )
+    stop: str | list[str] | None = Field(
+        default=None, description="texts that end an answer, which is cut before them"
+    )
+    system: str | None = Field(default=None, description="system turn before each prompt")
+    prefix: str | None = Field(
+        default=None, description="text that every answer begins with, such as an opened thought"
+    )
+    slots: int = Field(
+        default=16, ge=1, description="answers under way at a time, over all devices of a host"
+    )
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None,
+        description="what is computed in; null = float32 on a CPU, elsewhere bfloat16",
+    )
+
+
 class ServerConfig(Section):
     """How models behind OpenAI-compatible servers are asked, and what that may cost."""
 
@@ -556,6 +677,219 @@ class ServerConfig(Section):
     )
 
 
+class PairsConfig(Section):
+    """OP-COT and PP-COT out of judged rollouts; only pairs reads it."""
+
+    traces: str | list[str] | None = Field(
+        default=None, description="rollouts: Trace records, a file or several of them"
+    )
+    prompts: str | list[str] | None = Field(
+        default=None, description="their prompts: Prompt records, a file or several of them"
+    )
+    judgments: str | list[str] | None = Field(
+        default=None,
+        description="Judgment records on the rollouts; null = they are judged here, as "
+        "continuations are",
+    )
+    ritd: str | list[str] | None = Field(
+        default=None,
+        description="the warmup's rows: chosen answers of OP2, ends of reflections; null = none",
+    )
+    negatives: str | list[str] | None = Field(
+        default=None,
+        description="rollouts of another, unsafe model on the same prompts, for OP3; null = none",
+    )
+    policy: str = Field(
+        default="saro", description="the safety policy: a YAML file, or a packaged one's name"
+    )
+    guard: str | None = Field(
+        default=None,
+        description="NAME=MODEL or NAME=MODEL@URL that judges safety, as judge --judges takes it; "
+        "null = answers to harmful prompts count as unsafe where they do not refuse",
+    )
+    audit: str | None = Field(
+        default=None,
+        description="rows {judged, human, category} of safe or unsafe, which the noise of pairs is "
+        "estimated from; null = from the judges' own probabilities",
+    )
+    safe: float = Field(
+        default=0.2, ge=0, le=1, description="P(unsafe) below which an answer is safe"
+    )
+    unsafe: float = Field(
+        default=0.8, ge=0, le=1, description="P(unsafe) above which an answer is unsafe"
+    )
+    hard: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share (0 to 1) of rejected answers that are the most unsafe, not any bad one",
+    )
+    per_prompt: int = Field(default=2, ge=1, description="outcome pairs of one prompt at most")
+    floor: int = Field(
+        default=40,
+        ge=0,
+        description="reasoning tokens at least of a chosen answer to a harmful prompt, where there "
+        "is one",
+    )
+    size: int | None = Field(
+        default=None,
+        ge=1,
+        description="outcome pairs at most, in the shares of pairs.quotas, and process pairs at "
+        "most, in those of pairs.mix; null = all",
+    )
+    quotas: str = Field(
+        default="25:30:20:25",
+        description="shares of harmful : jailbreak : benign : borderline prompts among pairs.size",
+    )
+    mix: str = Field(
+        default="30:20:10:25:5:5:5", description="shares of PPA : PPB : ... : PPG among pairs.size"
+    )
+    off_policy: float = Field(
+        default=0.2, ge=0, lt=1, description="share (0 to 1) of OP3 among outcome pairs at most"
+    )
+    balance: float = Field(
+        default=0.1,
+        gt=0,
+        description="mean length of the chosen less that of the rejected, as a share of the mean "
+        "length, that a kind of pairs may reach",
+    )
+    balance_floor: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share (0 to 1) of a kind's pairs that pairs.balance leaves at least",
+    )
+    walks: int = Field(
+        default=1, ge=0, description="bad rollouts of one prompt that are searched for risky steps"
+    )
+    rollouts: int = Field(
+        default=4, ge=1, description="continuations drawn to value a step or a reflection"
+    )
+    search: int = Field(
+        default=8, ge=0, description="continuations drawn after a cue to reflect; 0 = none"
+    )
+    repair: bool = Field(
+        default=False, description="ask the model, with the policy in view, to repair a thought too"
+    )
+    injected: float = Field(
+        default=0.25,
+        ge=0,
+        le=1,
+        description="share (0 to 1) of the prompts that are not benign whose thought is led astray "
+        "by injected steps (PPG)",
+    )
+    modes: bool = Field(
+        default=True, description="label prompts with the least reasoning that is enough (MODE)"
+    )
+    low: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share of good continuations under which a step is risky",
+    )
+    drop: float = Field(
+        default=0.25,
+        ge=0,
+        le=1,
+        description="fall of that share that makes a step risky, and gain of a reflection at least",
+    )
+    value: float = Field(
+        default=0.75,
+        ge=0,
+        le=1,
+        description="share of good continuations after a chosen reflection, at least",
+    )
+    stem_share: float = Field(
+        default=0.08,
+        gt=0,
+        le=1,
+        description="share (0 to 1) of the process pairs that one stem of a reflection opens, at "
+        "most",
+    )
+    no_op: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="share (0 to 1) of the process pairs that reject a needless reflection",
+    )
+    temperature: float = Field(default=1.0, ge=0, description="of continuations; 0 = greedy")
+    top_p: float = Field(
+        default=0.95, gt=0, le=1, description="probability mass (0 to 1) they are sampled from"
+    )
+    max_new_tokens: int = Field(default=512, ge=1, description="tokens of a continuation at most")
+    slots: int = Field(default=16, ge=1, description="continuations under way at a time")
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None,
+        description="what continuations are computed in; null = float32 on a CPU, elsewhere "
+        "bfloat16",
+    )
+
+
+class PipelineConfig(Section):
+    """What the pipeline runs; only pipeline reads it."""
+
+    synthesize: bool = Field(
+        default=True, description="make RIT-D and warm up on it; false = on data.train as it is"
+    )
+    rounds: int = Field(
+        default=1,
+        ge=0,
+        description="times that rollouts are drawn and judged, pairs made of them and SRPO run, "
+        "each from the model of the round before; 0 = SRPO once, on data.train as it is",
+    )
+    judges: str = Field(
+        default="refusal",
+        description="judges of the rollouts, as judge --judges takes them: refusal, GUARD=MODEL, "
+        "RUBRIC=MODEL, separated by commas",
+    )
+
+
+class AnalyseConfig(Section):
+    """What goes on inside models: hidden states, likelihoods, attacks, tampered reflections."""
+
+    per_group: int = Field(
+        default=80, ge=10, description="prompts of a group at most, drawn by the seed"
+    )
+    jailbreaks: float = Field(
+        default=1.0,
+        ge=0,
+        description="disguised prompts made per harmful prompt, held-out wrappers",
+    )
+    wrapped: float = Field(
+        default=1.0, ge=0, description="the same per benign or borderline prompt: the group wrapped"
+    )
+    layer_step: int = Field(default=1, ge=1, description="every so many layers are compared")
+    row_length: int = Field(
+        default=1024, ge=64, description="tokens of a packed row; no text is longer"
+    )
+    permutations: int = Field(
+        default=200, ge=1, description="of the labels, for the p-value of a discrepancy"
+    )
+    tsne_seeds: int = Field(default=3, ge=0, description="pictures by t-SNE; 0 = none")
+    pairs: int = Field(
+        default=40, ge=2, description="preference pairs that are scored at most, drawn by the seed"
+    )
+    steps: int = Field(
+        default=6, ge=0, description="reasoning steps after which the probe reads, the first ones"
+    )
+    prompts: int = Field(
+        default=16,
+        ge=0,
+        description="prompts of each test that generates, drawn by the seed; 0 = none generates",
+    )
+    depth: str = Field(
+        default="0:1:2:4:8:16:32",
+        description="tokens of a compliant opening that are prefilled, one test each",
+    )
+    max_new_tokens: int = Field(
+        default=128, ge=1, description="tokens of a generated continuation at most"
+    )
+    tries: int = Field(
+        default=8, ge=1, description="times a continuation is drawn anew to be without markers"
+    )
+    batch_size: int = Field(default=16, ge=1, description="continuations generated at a time")
+
+
 class MeshConfig(Section):
     """How the devices are laid out; the axes' product is their number."""
 
@@ -605,9 +939,24 @@ class Config(Section):
         default_factory=EvaluateConfig,
         description="what models are measured on and how; only evaluate reads it",
     )
+    sample: SampleConfig = Field(
+        default_factory=SampleConfig,
+        description="answers of the model to prompts; only sample reads it",
+    )
     server: ServerConfig = Field(
         default_factory=ServerConfig,
         description="models behind OpenAI-compatible servers; training does not read it",
+    )
+    pairs: PairsConfig = Field(
+        default_factory=PairsConfig,
+        description="OP-COT and PP-COT out of judged rollouts; only pairs reads it",
+    )
+    analyse: AnalyseConfig = Field(
+        default_factory=AnalyseConfig, description="analyses of models; only analyse reads it"
+    )
+    pipeline: PipelineConfig = Field(
+        default_factory=PipelineConfig,
+        description="which stages the pipeline runs; only pipeline reads it",
     )
     mesh: MeshConfig = Field(default_factory=MeshConfig, description="how the devices are laid out")
     seed: int = Field(

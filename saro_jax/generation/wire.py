@@ -53,6 +53,8 @@ def body(model: str, request: Request, i: int, extra: Mapping[str, Any]) -> dict
     Each sample is a request of its own with a seed of its own, so that it depends on nothing else.
     """
     sampler = request.sampler
+    if sampler.think_tokens is not None:
+        raise ValueError(f"{request.id}: think_tokens={sampler.think_tokens}: no server takes it")
     made: dict[str, Any] = {
         "model": model,
         "messages": [dict(one) for one in request.messages],
@@ -62,8 +64,13 @@ def body(model: str, request: Request, i: int, extra: Mapping[str, Any]) -> dict
         # 31 bits, which every server takes.
         "seed": int(sha256(f"{sampler.seed}:{i}")[:8], 16) >> 1,
     }
+    # Fields that OpenAI does not have go only where they say something.
     if sampler.top_k:
         made["top_k"] = sampler.top_k
+    if sampler.min_p:
+        made["min_p"] = sampler.min_p
+    if sampler.stop:
+        made["stop"] = list(sampler.stop)
     if request.prefix:  # vLLM's and SGLang's way to go on with a turn that has begun
         made["messages"].append({"role": "assistant", "content": request.prefix})
         made |= {"continue_final_message": True, "add_generation_prompt": False}
