@@ -173,7 +173,8 @@ def _rolled(config: Config, ritd: Path | None, folder: Path, number: int) -> Non
     _say(f"JUDGMENTS, round {number}")
     # The whole pool has the requests behind the disguises too.
     pool = (ritd or rollouts) / "prompts.jsonl"
-    judges = judge.open_judges(config.pipeline.judges)
+    server = config.server
+    judges = judge.open_judges(config.pipeline.judges, server=server, option="pipeline.judges")
     rows = judge.read_rows(rollouts / "traces.jsonl", pool)
     judgments = folder / "judgments.jsonl"
     print(judge.summary(judge.judge(rows, judges, ("answer", "reasoning"), judgments)), flush=True)

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from saro_jax import analyse, records
-from saro_jax.analysis import results, table
+from saro_jax.analysis import parts, results, table
 from saro_jax.config import AnalyseConfig, Config
 from saro_jax.evaluation.results import Step, Transcript, write_transcripts
 
@@ -80,14 +80,14 @@ def test_the_journal_spares_what_is_done(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     two = {"base": models()["base"], "other": models()["base"]}
-    real = analyse._of_prompts
+    real = parts.of_prompts
 
     def once(config, model, *rest):
         if model.name == "other":
             raise KeyboardInterrupt
         return real(config, model, *rest)
 
-    monkeypatch.setattr(analyse, "_of_prompts", once)
+    monkeypatch.setattr(parts, "of_prompts", once)
     with pytest.raises(KeyboardInterrupt):
         analyse.run(config(), two, tmp_path, prompts=prompts(data))
     assert not (tmp_path / "analysis.json").exists()
@@ -96,7 +96,7 @@ def test_the_journal_spares_what_is_done(
         assert model.name == "other"
         return real(config, model, *rest)
 
-    monkeypatch.setattr(analyse, "_of_prompts", rest)
+    monkeypatch.setattr(parts, "of_prompts", rest)
     analyse.run(config(), two, tmp_path, prompts=prompts(data))
     found = results.read(tmp_path)
     by = {name: [o.c2st for o in found.overlap if o.model == name] for name in two}
@@ -257,7 +257,7 @@ def test_settings_that_reach_the_generator(attacked, tmp_path: Path, monkeypatch
     _, settings, given = attacked
     told = {}
 
-    class Told(analyse.Local):
+    class Told(parts.Local):
         def __init__(self, *arguments, slots: int, **options):
             told["batch_size"] = slots
             super().__init__(*arguments, slots=slots, **options)
@@ -267,14 +267,14 @@ def test_settings_that_reach_the_generator(attacked, tmp_path: Path, monkeypatch
             told["max_new_tokens"] = asked[0].sampler.max_new_tokens
             return super().generate(asked)
 
-    real = analyse.reflections.continued
+    real = parts.reflections.continued
 
     def continued(*arguments, tries: int, **options):
         told["tries"] = tries
         return real(*arguments, tries=tries, **options)
 
-    monkeypatch.setattr(analyse, "Local", Told)
-    monkeypatch.setattr(analyse.reflections, "continued", continued)
+    monkeypatch.setattr(parts, "Local", Told)
+    monkeypatch.setattr(parts.reflections, "continued", continued)
     changes = {name: GENERATES[name] for name in ("max_new_tokens", "tries", "batch_size")}
     analyse.run(config(**settings | changes), models(), tmp_path, **given)
     assert told == changes
