@@ -176,6 +176,8 @@ def _prompts(config: Config, given: Sequence[str]) -> tuple[list[Asked], list[Re
     read, rejects, inputs = prompt_sources.read(
         sources, prompt_sources.column_map([], ""), policies.load(), config.data.split
     )
+    if not read:
+        raise ValueError(f"--prompts: no prompt in {given[0]}: {rejects[0].reason}")
     asked, rest = pool.choose(
         read, settings.per_group, settings.jailbreaks, settings.wrapped, config.seed
     )

@@ -123,6 +123,15 @@ def test_every_setting_changes_the_results(data: Path, tmp_path: Path, name: str
     assert compute("a") != compute("b", **{name: CHANGES[name]})
 
 
+@pytest.mark.parametrize("change", [{"seed": 1}, {"dtype": "bfloat16"}])
+def test_seed_and_dtype_change_the_results(data: Path, tmp_path: Path, change: dict):
+    plain = config(layer_step=2, tsne_seeds=0)
+    changed = config(layer_step=2, tsne_seeds=0, **change)
+    for name, one in (("a", plain), ("b", changed)):
+        analyse.run(one, models(), tmp_path / name, prompts=prompts(data, "harmful", "benign"))
+    assert results.read(tmp_path / "a").overlap != results.read(tmp_path / "b").overlap
+
+
 def test_the_row_length_bounds_the_texts(data: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="does not fit a row of 64"):
         analyse.run(config(row_length=64), models(), tmp_path, prompts=prompts(data))
@@ -295,6 +304,7 @@ def test_a_depth_that_is_none_is_refused(data: Path, tmp_path: Path):
         (["--model=base=x"], "--model=base=x: the name 'base' is given twice"),
         (["--transcripts=HERE"], "none of the models base; there are none"),
         (["--run=a=HERE"], "metrics.jsonl: cannot be read"),
+        (["--prompts=HERE/benign.jsonl"], "benign.jsonl: no kind: got None, expected harmful or"),
         (["--prompts=harm=HERE/harmful.jsonl"], "expected harmful or jailbreak or"),
         (["--prompts=harmful=HERE/few.jsonl", "--prompts=benign=HERE/benign.jsonl"], "3 prompts"),
     ],
