@@ -33,8 +33,12 @@ def prompts_and_lengths(folder: str, case: str, new: int) -> tuple[list[np.ndarr
 
     tokenizer = chat.load_tokenizer(folder)
     number = 16 if case == "fixed" else 64
-    rows = (QUICKSTART / "held_out.jsonl").read_text().splitlines()
-    texts = [json.loads(row)["prompt"] for row in rows][:number]
+    rows = [
+        json.loads(row)["prompt"]
+        for name in ("held_out", "ritd")
+        for row in (QUICKSTART / f"{name}.jsonl").read_text().splitlines()
+    ]
+    texts = list(dict.fromkeys(rows))[:number]
     ids = [chat.prompt_ids(tokenizer, (chat.Message("user", text),)) for text in texts]
     if case == "fixed":
         return ids, [new] * number

@@ -1,15 +1,15 @@
 """Owns what a report says of embeddings: maps of the prompts, and how far groups lie apart."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from saro_jax.analysis.results import Analysis
+from saro_jax.analysis.results import Analysis, Map
 from saro_jax.reporting import charts
 from saro_jax.reporting.charts import Series
 from saro_jax.reporting.tables import Figure, Section, Table, cells, share, signed
 
 GROUPS = ("benign", "borderline", "wrapped", "harmful", "jailbreak")
 GROUP_STYLES = {"benign": 1, "borderline": 3, "wrapped": 6, "harmful": 2, "jailbreak": 4}
-MOST_MAPS = 12
+MOST_MAPS, MOST_PAIRS = 12, 6  # pictures; the tables and the folder have all
 
 Styles = Callable[[str], int]
 
@@ -19,10 +19,22 @@ def group_style(name: str) -> int:
     return GROUP_STYLES.get(name, 5)
 
 
+def chosen(maps: Sequence[Map]) -> list[Map]:
+    """As many maps as are shown, in their order: of every model and layer before a second seed."""
+    first = sorted(range(len(maps)), key=lambda i: (maps[i].seed, i))[:MOST_MAPS]
+    return [maps[i] for i in sorted(first)]
+
+
+def _interest(pair: tuple[str, str]) -> tuple[bool, bool]:
+    """Pairs of a harmful group and a harmless one first, then those with harmful prompts."""
+    bad = [name in ("harmful", "jailbreak") for name in pair]
+    return (bad[0] == bad[1], not any(bad))
+
+
 def section(analysis: Analysis, style: Styles) -> Section:
     """The maps, and the overlap of groups by layer; `style` gives a model its colour and mark."""
     figures = []
-    for one in analysis.maps[:MOST_MAPS]:
+    for one in chosen(analysis.maps):
         names = sorted({p.kind for p in one.points}, key=lambda k: (k not in GROUPS, k))
         names.sort(key=lambda k: GROUPS.index(k) if k in GROUPS else len(GROUPS))
         groups = [
@@ -38,9 +50,9 @@ def section(analysis: Analysis, style: Styles) -> Section:
                 legend=charts.legend([(name, group_style(name)) for name in names]),
             )
         )
-    pairs = list(dict.fromkeys(one.groups for one in analysis.overlap))
+    pairs = sorted(dict.fromkeys(one.groups for one in analysis.overlap), key=_interest)
     models = list(dict.fromkeys(one.model for one in analysis.overlap))
-    for pair in pairs:
+    for pair in pairs[:MOST_PAIRS]:
         series = [
             Series(
                 model,
