@@ -250,9 +250,19 @@ def attacked(data: Path, tmp_path_factory: pytest.TempPathFactory):
 def test_attacks_and_tampering_on_the_model(attacked):
     found, *_ = attacked
     assert [(one.k, one.n) for one in found.depth] == [(0, 2), (3, 2)]
-    by = {one.test: one for one in found.authenticity}
-    assert by.keys() <= {"delete", "ban", "swap", "inject"} and {"delete", "inject"} <= by.keys()
-    assert {one.n for one in by.values()} <= {1, 2}
+
+
+def test_tampered_responses_are_compared_or_left_out(attacked, tmp_path: Path):
+    # The tiny model thinks without end, or closes its thought where it is made to.
+    _, settings, given = attacked
+    tests = ("delete", "ban", "swap", "inject")
+    asked = {f"{test}:b.auto:harmful{i}" for test in tests for i in range(5)}
+    manifest = analyse.run(config(**settings), models(), tmp_path / "a", **given)
+    lines = (tmp_path / "a" / "rejects" / "prompts.jsonl").read_text().splitlines()
+    left_out = {one["id"] for one in map(json.loads, lines) if ":" in one["id"]}
+    counted = sum(one.n for one in results.read(tmp_path / "a").authenticity)
+    assert left_out <= asked and len(left_out) + counted == 2 * len(tests)
+    assert manifest["drop_reasons"]["no answer"] == len(left_out)
 
 
 @pytest.mark.parametrize("name", ["prompts", "depth"])

@@ -229,10 +229,10 @@ def test_command_line(tmp_path: Path, capsys):
 
 def test_errors_of_the_command_line_are_one_line(tmp_path: Path, capsys):
     for argv, message in (
-        (["--out=x"], "error: --model: required"),
-        (["--model=m", "--out=x", "--rows=no.jsonl"], "error: --rows=no.jsonl: no such file"),
-        ([f"--model={tmp_path}", "--out=x"], "error: "),
-        (["--model=m", "--out=x", "--nonsense=1"], "error: --nonsense: unknown option"),
+        (["--out=x.jsonl"], "error: --model: required"),
+        (["--model=m", "--out=x.jsonl", "--rows=no.jsonl"], "error: --rows=no.jsonl: no such file"),
+        ([f"--model={tmp_path}", "--out=x.jsonl"], "error: "),
+        (["--model=m", "--out=x.jsonl", "--nonsense=1"], "error: --nonsense: unknown option"),
     ):
         assert evaluate.main(argv) == 2
         printed = capsys.readouterr().err

@@ -326,6 +326,7 @@ def test_a_trace_without_its_prompt_is_named(files, tmp_path):
         run(files | {"prompts": tmp_path / "few.jsonl"}, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [key for key, value in CHANGES.items() if value is not None])
 def test_every_setting_changes_something(key, files, made, tmp_path):
     out, _ = made

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 import tiny
 
@@ -254,6 +255,15 @@ def test_killed_anywhere(straight: Path, rows: Path, tmp_path: Path):
         if process.returncode == 0:
             break
     assert kills and files(tmp_path) == files(straight)
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(straight: Path, rows: Path, tmp_path: Path):
+    code = "import sys; from saro_jax import sample; sys.exit(sample.main(sys.argv[2:]))"
+    given = command(rows, tmp_path / "out")
+    ended = processes.run(code, 2, *given, notes=tmp_path / "notes")
+    assert [one.code for one in ended] == [0, 0], ended
+    assert files(tmp_path / "out") == files(straight)
 
 
 def test_samplers_of_old_records_parse():

@@ -330,6 +330,11 @@ def of_reflections(
         for one in asked
         if one.id not in responses
     ]
+    left_out += [
+        Reject(name, f"no answer: within {config.analyse.max_new_tokens} tokens", model.name)
+        for name, response in responses.items()
+        if not reflections.answered(response)
+    ]
     found = reflections.compare(model.name, asked, responses, config.seed)
     return {"authenticity": found, "rejects": left_out}
 

@@ -125,8 +125,8 @@ def _choose(text: str, where: str) -> Chosen:
         return Chosen(name, _own(name, kind), path, limit)
     if entry.lm_eval:
         raise ValueError(
-            f"{where}: runs in lm-evaluation-harness: lm_eval --model saro_jax --model_args "
-            f"pretrained=MODEL --tasks {entry.lm_eval} (docs/evaluate.md)"
+            f"{where}: is not run here; export the model and run lm-evaluation-harness: lm_eval "
+            f"--model hf --model_args pretrained=FOLDER --tasks {entry.lm_eval}"
         )
     source = source or entry.source or ""
     if not source:
@@ -243,9 +243,10 @@ def _drawn(questions: list[Question], limit: int | None, seed: int) -> list[Ques
     for one in sorted(questions, key=lambda one: sha256(f"{seed}:{one.id}:{one.prompt}")):
         strata.setdefault((one.kind, one.category), []).append(one)
     # The k-th of a stratum of n stands at (k + 1/2) / n: the first places are a fair share of all.
+    # Strata of one size tie there, and are drawn among by hash.
     placed = [
-        ((k + 0.5) / len(members), stratum, one.id)
-        for stratum, members in strata.items()
+        ((k + 0.5) / len(members), sha256(f"{seed}:{one.id}"), one.id)
+        for members in strata.values()
         for k, one in enumerate(members)
     ]
     keep = {name for _, _, name in sorted(placed)[:limit]}
