@@ -243,9 +243,10 @@ def _drawn(questions: list[Question], limit: int | None, seed: int) -> list[Ques
     for one in sorted(questions, key=lambda one: sha256(f"{seed}:{one.id}:{one.prompt}")):
         strata.setdefault((one.kind, one.category), []).append(one)
     # The k-th of a stratum of n stands at (k + 1/2) / n: the first places are a fair share of all.
+    # Strata of one size tie there, and are drawn among by hash.
     placed = [
-        ((k + 0.5) / len(members), stratum, one.id)
-        for stratum, members in strata.items()
+        ((k + 0.5) / len(members), sha256(f"{seed}:{one.id}"), one.id)
+        for members in strata.values()
         for k, one in enumerate(members)
     ]
     keep = {name for _, _, name in sorted(placed)[:limit]}
