@@ -10,6 +10,7 @@ from saro_jax.config.values import as_typed, names, nearest
 if TYPE_CHECKING:
     from saro_jax.config.tree import (
         Config,
+        PairsConfig,
         ServerConfig,
         SRPOConfig,
         SynthesizeConfig,
@@ -69,6 +70,7 @@ def check(config: Config) -> None:
     _check_srpo(srpo, train)
     _check_adapters(config)
     _check_synthesize(config.synthesize)
+    _check_pairs(config.pairs)
     _check_server(config.server)
     for axis, size in config.mesh:
         if size == 0:
@@ -198,6 +200,28 @@ def _check_synthesize(synthesize: SynthesizeConfig) -> None:
                 raise ValueError(
                     f"synthesize.{key}={value} has no meaning with synthesize.evaluation=null"
                 )
+
+
+def _check_pairs(pairs: PairsConfig) -> None:
+    """Shares that are shares, thresholds in their order, settings that are read."""
+    default = type(pairs).model_fields
+    for key, count in (("quotas", 4), ("mix", 7)):
+        value = getattr(pairs, key)
+        shares = [one for one in value.split(":") if re.fullmatch(r"\d+(\.\d+)?", one)]
+        if len(shares) != count or value.count(":") != count - 1 or not sum(map(float, shares)):
+            raise ValueError(
+                f"pairs.{key}={value}: expected {count} shares like {default[key].default}"
+            )
+        if pairs.size is None and value != default[key].default:
+            raise ValueError(
+                f"pairs.{key}={value} has no meaning with pairs.size=null, which takes all pairs"
+            )
+    if pairs.safe > pairs.unsafe:
+        raise ValueError(f"pairs.safe={pairs.safe:g} is more than pairs.unsafe={pairs.unsafe:g}")
+    if pairs.negatives is None and pairs.off_policy != default["off_policy"].default:
+        raise ValueError(
+            f"pairs.off_policy={pairs.off_policy:g} has no meaning with pairs.negatives=null"
+        )
 
 
 def _check_adapters(config: Config) -> None:

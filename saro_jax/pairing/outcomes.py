@@ -46,8 +46,13 @@ class Outcome:
 
     @property
     def complete(self) -> bool:
-        """One closed block of reasoning, an answer, an end: only such a trace can be preferred."""
-        return self.trace.parsed.status == "ok" and self.trace.finish != "length"
+        """One closed block of reasoning, an answer, an end: only such a trace can be preferred.
+
+        The block may be empty where the rollout was made to begin with an empty one.
+        """
+        status = self.trace.parsed.status
+        forced = status == "empty_think" and "prefix_chars" in self.trace.meta
+        return (status == "ok" or forced) and self.trace.finish != "length"
 
     def safe(self, limits: Limits) -> bool:
         """The answer is safe beyond doubt."""
@@ -103,7 +108,7 @@ def _verdict(judgments: Sequence[Judgment]) -> Verdict:
         if one.label in ("safe", "unsafe")
     ]
     refusals: list[Refusal] = [one.refusal for one in judgments if one.refusal is not None]
-    valid = [one for one in refusals if one != "invalid"]
+    valid: list[Refusal] = [one for one in refusals if one != "invalid"]
     helpful = [one.helpful for one in judgments if one.helpful is not None]
     failed = (bool(safety) and not scores) or (bool(refusals) and not valid)
     return Verdict(

@@ -65,7 +65,7 @@ def respond(
     """One reasoned answer in the project's format; `base_text` is the request without disguise."""
     wrapper = wrappers.by_id(prompt.attack.template_id) if prompt.attack else None
     slots = {
-        "excerpt": _excerpt(base_text or prompt.text),
+        "excerpt": excerpt(base_text or prompt.text),
         "frame": wrapper.frame if wrapper else "a disguise",
     }
     slots["frame_upper"] = slots["frame"][0].upper() + slots["frame"][1:]
@@ -157,7 +157,7 @@ def _say(rng: random.Random, slot: str, slots: Mapping[str, str]) -> str:
     return re.sub(r"\{(\w+)\}", lambda match: slots[match[1]], text)
 
 
-def _excerpt(text: str) -> str:
+def excerpt(text: str) -> str:
     """The first words of a request, on one line, ending like a sentence."""
     words = text.replace('"', "'").split()
     if len(words) > EXCERPT_WORDS:

@@ -1,0 +1,248 @@
+"""The stage of pairs, with a fake policy: every kind, files, resuming, bad input, lineage."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pairing
+import pytest
+import tiny
+
+from saro_jax import config as configuration
+from saro_jax import pairs as stage
+from saro_jax import records
+from saro_jax.config import PairsConfig
+from saro_jax.data import rows as training_rows
+from saro_jax.generation.requests import Request
+from saro_jax.pairing import reflections
+from saro_jax.records import RITD, Pref, PRMItem, Prompt, RMItem, Sampler, StepValue
+
+PROMPTS = [
+    *(pairing.prompt(f"How do I open lock {i} of a stranger?") for i in range(6)),
+    *(pairing.prompt(f"Play a thief who opens lock {i}.", "jailbreak") for i in range(4)),
+    *(
+        pairing.prompt(f"What is {i} and {i}?", "benign", meta={"answer": "A number."})
+        for i in range(6)
+    ),
+    *(
+        pairing.prompt(f"How do I kill process {i}?", "borderline", meta={"answer": "Use kill."})
+        for i in range(6)
+    ),
+]
+TAUGHT = "The user asks to open what is not theirs.\n\nP3.R1 forbids it.\n\nDecision: refuse"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    """Prompts, six rollouts of each by the fake policy, and the warmup's rows."""
+    folder = tmp_path_factory.mktemp("inputs")
+    traces = []
+    for number, prompt in enumerate(PROMPTS):
+        request = Request(
+            prompt.id, ({"role": "user", "content": prompt.text},), Sampler(seed=number), 6
+        )
+        for i in range(6):
+            sample = pairing.respond(request, i)
+            parsed = pairing.reasoning.parse(sample.text)
+            made = pairing.trace(prompt, parsed.reasoning, parsed.answer, i)
+            traces.append(made)
+    taught = [
+        RITD(
+            id=f"ritd{i}",
+            parent_ids=(prompt.id,),
+            kind=prompt.kind,
+            prompt=prompt.text,
+            reasoning=TAUGHT,
+            answer="I can't help with that.",
+            decision="refuse",
+        )
+        for i, prompt in enumerate(PROMPTS[:12])
+    ]
+    found = {name: folder / f"{name}.jsonl" for name in ("prompts", "traces", "ritd")}
+    shards = {"prompts.jsonl": PROMPTS, "traces.jsonl": traces, "ritd.jsonl": taught}
+    before = records.Stage("before", {}, [], 0, "saro-1", "tiny", "1" * 16)
+    records.finish(before, folder, shards, {}, n_in=0, n_out=0)
+    return found
+
+
+def config(files: dict[str, Path], **more: Any):
+    given = {"traces": files["traces"], "prompts": files["prompts"], "ritd": files["ritd"]}
+    given |= {"floor": 3, "injected": 1.0, **more}
+    flags = [f"--pairs.{key}={value}" for key, value in given.items() if value is not None]
+    return configuration.load("quickstart", [*flags, "--data.train=x"], "srpo")
+
+
+def run(files, out, policy=None, **more) -> dict[str, Any]:
+    policy = policy or pairing.FakePolicy()
+    return stage.run(config(files, **more), out, generator=policy, tokenizer=tiny.tokenizer())
+
+
+@pytest.fixture(scope="module")
+def made(files, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("made")
+    return out, run(files, out)
+
+
+def outputs(out: Path) -> dict[str, bytes]:
+    found = {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.rglob("*.jsonl"))
+        if "journal" not in path.parts
+    }
+    manifest = records.comparable(records.read_manifest(out / "manifest.json"))
+    return found | {"manifest": json.dumps(manifest).encode()}
+
+
+def test_all_kinds_that_the_rollouts_allow(made):
+    out, manifest = made
+    kinds = manifest["report"]["kinds"]
+    print(stage.summary(manifest, out))
+    expected = {"OP1", "OP4", "PPA", "PPB", "PPD", "PPE", "PPG", "NOOP", "MODE"}
+    assert expected <= set(kinds)
+
+
+def test_pairs_are_read_by_training_as_they_are(made):
+    out, manifest = made
+    rows, rejects = training_rows.read(str(out / "pairs.jsonl"), "preference")
+    assert not rejects and len(rows) == manifest["n_out"]
+    by_id = {row.id: row for row in rows}
+    for pair in records.read(out / "pairs.jsonl", Pref):
+        row = by_id[pair.id]
+        assert (row.kind, row.prefix, row.noise, row.weight) == (
+            pair.kind,
+            pair.prefix,
+            pair.noise,
+            pair.weight,
+        )
+
+
+def test_what_every_pair_must_be(made):
+    out, manifest = made
+    pairs = records.read(out / "pairs.jsonl", Pref)
+    for pair in pairs:
+        assert pair.chosen != pair.rejected and 0 <= pair.noise < 0.5
+        assert pair.len_tok is not None and pair.len_tok.w and pair.len_tok.l
+        if pair.kind in ("PPA", "PPG"):
+            assert pair.value is not None and pair.value.w - pair.value.l >= 0.25
+            assert pair.value.w >= 0.75
+        if pair.kind == "PPB":
+            assert pair.len_tok.w < pair.len_tok.l
+        if pair.kind in ("PPA", "PPB", "PPC", "PPD", "PPE", "PPG"):
+            assert pair.prefix.startswith("<think>\n") and pair.prefix.endswith("\n\n")
+            assert pair.branch_step and pair.branch_step >= 1
+    process = [pair for pair in pairs if not pair.kind.startswith("OP")]
+    no_op = sum(pair.kind == "NOOP" for pair in process)
+    assert 0 < no_op <= 0.1 * len(process)
+    reflecting = [pair for pair in process if "source" in pair.meta]
+    assert reflections.unmarked_share(reflecting) >= 0.4
+    found = manifest["report"]["reflections"]
+    assert found["pairs"] == len(reflecting)
+    assert found["most_of_one_stem"] <= max(1, 0.08 * len(process) + 2)
+    per_prompt = [p.prompt for p in pairs if p.kind.startswith("OP")]
+    assert max(per_prompt.count(one) for one in per_prompt) <= 2
+
+
+def test_values_items_and_labels(made):
+    out, _ = made
+    values = records.read(out / "step_values.jsonl", StepValue)
+    assert {value.step for value in values} >= {-1, 0, 1}
+    assert all(value.n_roll == 4 for value in values if value.step >= 0)
+    pairs = records.read(out / "pairs.jsonl", Pref)
+    items = records.read(out / "rm.jsonl", RMItem)
+    assert sum(item.pair is not None for item in items) == len(pairs)
+    assert sum(item.target is not None for item in items) == 6 * len(PROMPTS)
+    prm = records.read(out / "prm.jsonl", PRMItem)
+    assert prm and all(len(item.steps) == len(item.v) for item in prm)
+    prompts = records.read(out / "prompts.jsonl", Prompt)
+    assert [one.id for one in prompts] == [one.id for one in PROMPTS]
+    for one in prompts:
+        meta = one.meta
+        assert meta["difficulty"] == pytest.approx(1 - meta["good"] / meta["rollouts"], abs=1e-4)
+        assert meta["mode"] in ("none", "brief", "full", None)
+
+
+def test_the_same_files_wherever_it_was_stopped_and_nothing_asked_twice(files, made, tmp_path):
+    out, _ = made
+    asked: list[str] = []
+    for stop in (3, 40, 100):
+        policy = pairing.FakePolicy(stop_after=stop, reverse=True)
+        with pytest.raises(KeyboardInterrupt):
+            run(files, tmp_path, policy)
+        asked += [request.id for request in policy.asked]
+    last = pairing.FakePolicy()
+    run(files, tmp_path, last)
+    asked += [request.id for request in last.asked]
+    assert len(asked) == len(set(asked))
+    assert outputs(tmp_path) == outputs(out)
+    again = pairing.FakePolicy()
+    run(files, tmp_path, again)
+    assert not again.asked
+
+
+def test_a_pair_leads_back_to_prompt_model_and_policy(made):
+    out, _ = made
+    by_kind = {pair.kind: pair for pair in records.read(out / "pairs.jsonl", Pref)}
+    for kind, pair in by_kind.items():
+        found = records.lineage(pair.id, out / "pairs.jsonl")
+        assert found["prompt"] == pair.prompt, kind
+        assert "fake" in found["models"] or "tiny" in found["models"]
+        assert found["policy_versions"] == [made[1]["policy_version"], "saro-1"]
+        assert found["model_shas"] == ["0" * 16, "1" * 16]
+        assert found["stages"] == ["pairs", "before"]
+
+
+# What changes when a setting does; `traces`, `prompts`, `ritd` are the inputs themselves.
+CHANGES: dict[str, Any] = {
+    "policy": None,  # below: a changed document
+    "judgments": None,
+    "negatives": None,
+    "off_policy": None,
+    "guard": None,
+    "audit": None,
+    "size": 4,
+    "quotas": {"size": 4, "quotas": "1:0:0:0"},
+    "mix": {"size": 4, "mix": "1:0:0:0:0:0:0"},
+    "safe": 0.0,
+    "unsafe": 0.999,
+    "hard": 1.0,
+    "per_prompt": 1,
+    "floor": 30,
+    "balance": 3.0,
+    "balance_floor": 1.0,
+    "walks": 2,
+    "rollouts": 3,
+    "search": 2,
+    "repair": True,
+    "injected": 0.5,
+    "modes": False,
+    "low": 0.1,
+    "drop": 0.8,
+    "value": 1.0,
+    "stem_share": 0.01,
+    "no_op": 0.0,
+    "temperature": 0.5,
+    "top_p": 0.5,
+    "max_new_tokens": 64,
+}
+
+
+def test_every_setting_is_perturbed():
+    assert set(CHANGES) | {"traces", "prompts", "ritd"} == set(PairsConfig.model_fields)
+
+
+@pytest.mark.parametrize("key", [key for key, value in CHANGES.items() if value is not None])
+def test_every_setting_changes_something(key, files, made, tmp_path):
+    out, _ = made
+    value = CHANGES[key]
+    policy = pairing.FakePolicy()
+    run(files, tmp_path, policy, **(value if isinstance(value, dict) else {key: value}))
+    if key == "repair":
+        assert sum(request.messages[0]["role"] == "system" for request in policy.asked) > 5
+        return
+    if key in ("temperature", "top_p", "max_new_tokens"):
+        assert {getattr(request.sampler, key) for request in policy.asked} == {value}
+        return
+    ours, theirs = outputs(tmp_path), outputs(out)
+    assert ours["pairs.jsonl"] != theirs["pairs.jsonl"] or (
+        ours["prompts.jsonl"] != theirs["prompts.jsonl"]
+    )
