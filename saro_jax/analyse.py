@@ -3,8 +3,12 @@
 What goes on inside models, the first of which is the one that the others are compared with:
 
 --prompts       overlap of harmful, jailbreak, benign, borderline and wrapped prompts in hidden
-                space, layer by layer; maps; a linear probe of harmful intent at the prompt's end
---transcripts   of an evaluation's folder: the probe after each reasoning step
+                space, layer by layer; maps; a linear probe of harmful intent at the prompt's end;
+                how often harmful ones are answered after a prefilled opening of k tokens
+--transcripts   of an evaluation's folder: the probe after each reasoning step; what becomes of
+                answers whose reflections are deleted, banned, swapped or led astray
+--pairs         of preferences: rewards of the models over the first; how much more probable their
+                reasoning makes the safe answer, against shuffled and foreign reasoning
 --run           a folder of `train --stage=srpo`: reward margins and accuracies by kind of pairs
 
 Disguises are made of the prompts with held-out wrappers, as many as --analyse.jailbreaks and
@@ -17,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,19 +29,36 @@ from tqdm import tqdm
 
 from saro_jax import config as configuration
 from saro_jax import records
-from saro_jax.analysis import linear, maps, margins, overlap, pool, probes, results, states
+from saro_jax.analysis import (
+    depth,
+    likelihood,
+    linear,
+    maps,
+    margins,
+    overlap,
+    pool,
+    probes,
+    reflections,
+    results,
+    states,
+    table,
+)
 from saro_jax.analysis.pool import GROUPS, Asked
 from saro_jax.analysis.results import END, PROMPT, Map, Point
 from saro_jax.config import Config, Flag
 from saro_jax.data import prompts as prompt_sources
+from saro_jax.data import rows as preference_rows
 from saro_jax.data.packing import round_up
+from saro_jax.data.rows import PreferenceRow
 from saro_jax.evaluation.results import Transcript, read_transcripts, transcript_files
+from saro_jax.generation.local import Local
 from saro_jax.models import hub, huggingface
 from saro_jax.records import Input, Journal, Reject, Stage
 from saro_jax.text import chat
 from saro_jax.text import policy as policies
 
 LEAST = 10  # prompts of a group
+T = TypeVar("T", Asked, reflections.Tampered)
 
 
 @dataclass(frozen=True)
@@ -55,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart"),
         Flag("model", "NAME=PATH: folder, .gguf file or Hub id", required=True, many=True),
         Flag("prompts", "SOURCE or KIND=SOURCE: file, folder or Hub id", many=True),
+        Flag("pairs", "preference rows with reasoning: file, folder or Hub id"),
         Flag("transcripts", "folder of an evaluation of these models", parse=Path),
         Flag("run", "NAME=DIR: folder of an SRPO run", many=True),
         Flag("out", "output folder", parse=Path, required=True),
@@ -75,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             named(args.model, "--model"),
             args.out,
             prompts=args.prompts,
+            pairs=args.pairs,
             transcripts=args.transcripts,
             runs=named(args.run, "--run"),
             progress=sys.stderr.isatty(),
@@ -85,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
-    print(summary(results.read(args.out), manifest, args.out))
+    print(table.summary(results.read(args.out), manifest, args.out))
     return 0
 
 
@@ -108,6 +131,7 @@ def run(
     out: Path,
     *,
     prompts: Sequence[str] = (),
+    pairs: str | None = None,
     transcripts: Path | None = None,
     runs: Mapping[str, str] | None = None,
     progress: bool = False,
@@ -115,18 +139,22 @@ def run(
     """Analyse in `out` and return the manifest; nothing is done where it is there already."""
     linear.check()
     settings = config.analyse
+    _depths(settings.depth)  # before anything is read
     asked, rejects, inputs = _prompts(config, prompts)
+    preferred, more = _preferences(config, pairs)
+    inputs += more
     answered, more = _transcripts(transcripts, list(models), settings.steps)
     curves = {name: margins.of_run(name, Path(path)) for name, path in (runs or {}).items()}
     inputs += more + [Input.of_file(Path(path) / margins.FILE) for path in (runs or {}).values()]
-    if not asked and not answered and not curves:
-        raise ValueError("nothing to analyse: give --prompts, --transcripts or --run")
+    if not asked and not answered and not curves and not preferred:
+        raise ValueError("nothing to analyse: give --prompts, --pairs, --transcripts or --run")
     loaded = [Model(name, hub.resolve(path), "") for name, path in models.items()]
     loaded = [Model(one.name, one.folder, huggingface.weights_hash(one.folder)) for one in loaded]
     stage = Stage(
         "analyse",
         settings.model_dump(mode="json")
-        | {"dtype": config.model.dtype, "models": {one.name: one.sha for one in loaded}},
+        | {"dtype": config.model.dtype, "beta": config.srpo.beta}
+        | {"models": {one.name: one.sha for one in loaded}},
         inputs,
         config.seed,
         model=loaded[0].name,
@@ -140,9 +168,13 @@ def run(
     name = f"parts-{records.sha256(records.to_json(key))[:12]}.jsonl"
     with Journal(out / "journal" / name, key) as journal:
         for model in loaded:
-            parts = _parts(config, model, asked, answered.get(model.name, []), journal, progress)
+            mine = answered.get(model.name, [])
+            parts = _parts(config, model, asked, preferred, mine, journal, progress)
             for part, values in parts.items():
                 found.setdefault(part, []).extend(values)
+    rejects += [Reject(**one) for one in found.pop("rejects", [])]
+    scored = [margins.Scored(**one) for one in found.pop("scores", [])]
+    found["margins"] += margins.of_checkpoints(scored, loaded[0].name, config.srpo.beta)
     for values in answered.values():
         rejects += [Reject(one.id, reason) for one, reason in values if reason]
     document = results.Analysis(
@@ -157,46 +189,9 @@ def run(
         {},
         {"prompts.jsonl": rejects},
         n_in=sum(one.rows for one in inputs),
-        n_out=len(asked) + sum(len(values) for values in answered.values()),
+        n_out=len(asked) + len(preferred) + sum(len(values) for values in answered.values()),
         documents={results.FILE: document.model_dump(mode="json")},
     )
-
-
-def summary(analysis: results.Analysis, manifest: Mapping[str, Any], out: Path) -> str:
-    """The tables that a person reads first, each result at the layer where it is strongest."""
-    lines = []
-    if analysis.groups and any(analysis.groups.values()):
-        counts = ", ".join(f"{n} {group}" for group, n in analysis.groups.items() if n)
-        lines.append(f"prompts           {counts}")
-    if analysis.overlap:
-        lines += ["", "| model | groups | layer | C2ST (length alone) | kNN | cosine | MMD² | p |"]
-        lines.append("|---|---|---|---|---|---|---|---|")
-        for model in analysis.models:
-            for pair in dict.fromkeys(one.groups for one in analysis.overlap):
-                mine = [o for o in analysis.overlap if o.model == model and o.groups == pair]
-                one = max(mine, key=lambda o: o.c2st)
-                lines.append(
-                    f"| {model} | {' / '.join(pair)} | {one.layer} | {one.c2st:.2f} "
-                    f"({one.c2st_length:.2f}) | {one.knn_purity:.2f} | {one.centroid_cosine:.2f} | "
-                    f"{one.mmd2:.3f} | {one.p:.3f} |"
-                )
-    if analysis.probes:
-        lines += ["", "| model | position | tested on | layer | AUROC | selectivity | n |"]
-        lines.append("|---|---|---|---|---|---|---|")
-        places = dict.fromkeys((o.model, o.position, o.test) for o in analysis.probes)
-        for place in places:
-            mine = [o for o in analysis.probes if (o.model, o.position, o.test) == place]
-            one = max(mine, key=lambda o: -1 if o.auroc is None else o.auroc)
-            if one.auroc is not None and one.selectivity is not None:
-                lines.append(
-                    f"| {' | '.join(place).replace('|b', ' / b')} | {one.layer} | {one.auroc:.2f} "
-                    f"| {one.selectivity:.2f} | {one.n} |"
-                )
-    if manifest["drop_reasons"]:
-        reasons = ", ".join(f"{count} {name}" for name, count in manifest["drop_reasons"].items())
-        lines += ["", f"left out          {reasons}"]
-    lines.append(f"all results       {out / results.FILE}")
-    return "\n".join(lines)
 
 
 # ---- inputs --------------------------------------------------------------------------------------
@@ -224,6 +219,31 @@ def _prompts(config: Config, given: Sequence[str]) -> tuple[list[Asked], list[Re
                 f"(found {_counted(sizes)})"
             )
     return asked, rejects + rest, inputs
+
+
+def _preferences(config: Config, source: str | None) -> tuple[list[PreferenceRow], list[Input]]:
+    """The pairs, drawn by the seed, in their order; ValueError for a row that is none."""
+    if source is None:
+        return [], []
+    read, rejects = preference_rows.read(source, "preference", config.data.split)
+    if rejects:
+        raise ValueError(f"{rejects[0].where}: {rejects[0].reason}")
+    drawn = sorted(read, key=lambda row: records.sha256(f"{config.seed}:{row.id}"))
+    keep = {row.id for row in drawn[: config.analyse.pairs]}
+    digest = records.content_id([(row.id, str(row)) for row in read])
+    path = Path(source).expanduser()
+    about = Input(source, len(read), digest, path if path.is_file() else None)
+    return [row for row in read if row.id in keep], [about]
+
+
+def _depths(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(":")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 0 or len(set(found)) < len(found):
+        raise ValueError(f"analyse.depth={text}: expected different counts >= 0 like 0:1:2:4:8")
+    return found
 
 
 def _counted(sizes: Mapping[str, int]) -> str:
@@ -261,6 +281,7 @@ def _parts(
     config: Config,
     model: Model,
     asked: Sequence[Asked],
+    preferred: Sequence[PreferenceRow],
     answered: Sequence[tuple[Transcript, str]],
     journal: Journal,
     progress: bool,
@@ -268,10 +289,23 @@ def _parts(
     """All results of a model; those that the journal holds are not computed again."""
     work: dict[str, Callable[..., dict[str, list[Any]]]] = {}
     usable = [one for one, reason in answered if not reason]
+    tampered = reflections.tampered([one for one, _ in answered], config.seed)
     if asked:
         work["prompts"] = partial(_of_prompts, config, model, asked, bool(usable))
+    attacked = _drawn([one for one in asked if one.group == "harmful"], config, "depth")
+    if attacked:
+        work["depth"] = partial(_of_depth, config, model, attacked)
+    if preferred:
+        work["pairs"] = partial(_of_pairs, config, model, preferred)
     if usable:
         work["transcripts"] = partial(_of_transcripts, config, model, usable)
+    changed = [
+        one
+        for test in reflections.TESTS
+        for one in _drawn([one for one in tampered if one.test == test], config, test)
+    ]
+    if changed:
+        work["reflections"] = partial(_of_reflections, config, model, changed)
     found: dict[str, list[Any]] = {}
     loaded: tuple[Any, Any, Any] | None = None
     for part, compute in work.items():
@@ -282,14 +316,15 @@ def _parts(
                 done = compute(*loaded, bar.update)
             journal.append(
                 place,
-                {
-                    name: [one.model_dump(mode="json") for one in made]
-                    for name, made in done.items()
-                },
+                {name: [_plain(one) for one in made] for name, made in done.items()},
             )
         for name, made in journal.values[place].items():
             found.setdefault(name, []).extend(made)
     return found
+
+
+def _plain(one: Any) -> dict[str, Any]:
+    return vars(one) if isinstance(one, Reject) else one.model_dump(mode="json")
 
 
 def _load(config: Config, model: Model) -> tuple[Any, Any, Any]:
@@ -369,13 +404,16 @@ def _of_transcripts(
 ) -> dict[str, list[Any]]:
     """Probes after each reasoning step of the model's own answers."""
     settings = config.analyse
-    texts, kept = [], []
+    texts, kept, left_out = [], [], []
     for one in answered:
         steps = [step.text for step in one.steps if step.text.strip()]
         text = states.step_ends(tokenizer, one.prompt, one.response, steps)
         if len(text.ids) <= settings.row_length:
             texts.append(text)
             kept.append(one)
+        else:
+            reason = f"too long: {len(text.ids)} tokens, analyse.row_length={settings.row_length}"
+            left_out.append(Reject(one.id, reason, model.name))
     read = _read(config, arch, params, texts, tell)
     layers = _layers(arch.num_layers, settings.layer_step)
     found = []
@@ -396,7 +434,121 @@ def _of_transcripts(
             layers=layers,
             seed=config.seed,
         )
-    return {"probes": found}
+    return {"probes": found, "rejects": left_out}
+
+
+def _of_pairs(
+    config: Config,
+    model: Model,
+    preferred: Sequence[PreferenceRow],
+    arch: Any,
+    params: Any,
+    tokenizer: Any,
+    tell: Callable[[int], Any],
+) -> dict[str, list[Any]]:
+    """Log-probs of the pairs, and likelihoods of their answers after different reasoning."""
+
+    def score(rows: Sequence[PreferenceRow]) -> dict[str, likelihood.Scores]:
+        return likelihood.score(
+            arch,
+            params,
+            tokenizer,
+            rows,
+            row_length=round_up(config.analyse.row_length, 64),
+            dtype=config.model.dtype,
+            progress=tell,
+        )
+
+    scored = score(preferred)
+    scores = [
+        margins.Scored(
+            model=model.name, id=row.id, kind=row.kind, chosen=mine.chosen, rejected=mine.rejected
+        )
+        for row in preferred
+        if (mine := scored.get(row.id)) is not None
+    ]
+    left_out = [
+        Reject(row.id, f"too long: of analyse.row_length={config.analyse.row_length}", model.name)
+        for row in preferred
+        if row.id not in scored
+    ]
+    found: dict[str, list[Any]] = {"scores": scores, "rejects": left_out}
+    given = likelihood.cases(preferred)
+    if not given:
+        return found
+    after = {
+        name: score(likelihood.in_context(given, before))
+        for name, before in likelihood.contexts(given, config.seed).items()
+    }
+    return found | {"likelihood": likelihood.gains(model.name, after, given, config.seed)}
+
+
+def _of_depth(
+    config: Config,
+    model: Model,
+    asked: Sequence[Asked],
+    arch: Any,
+    params: Any,
+    tokenizer: Any,
+    tell: Callable[[int], Any],
+) -> dict[str, list[Any]]:
+    """How often harmful prompts are answered after a prefilled opening."""
+    curve = depth.curve(
+        _generator(config, model, arch, params, tokenizer),
+        tokenizer,
+        asked,
+        _depths(config.analyse.depth),
+        max_new_tokens=config.analyse.max_new_tokens,
+        seed=config.seed,
+        progress=tell,
+    )
+    return {"depth": curve}
+
+
+def _of_reflections(
+    config: Config,
+    model: Model,
+    changed: Sequence[reflections.Tampered],
+    arch: Any,
+    params: Any,
+    tokenizer: Any,
+    tell: Callable[[int], Any],
+) -> dict[str, list[Any]]:
+    """What becomes of answers after their reflections were changed."""
+    responses = reflections.continued(
+        _generator(config, model, arch, params, tokenizer),
+        changed,
+        max_new_tokens=config.analyse.max_new_tokens,
+        tries=config.analyse.tries,
+        seed=config.seed,
+        progress=tell,
+    )
+    left_out = [
+        Reject(one.id, f"a marker came again: in {config.analyse.tries} tries", model.name)
+        for one in changed
+        if one.id not in responses
+    ]
+    found = reflections.compare(model.name, changed, responses, config.seed)
+    return {"authenticity": found, "rejects": left_out}
+
+
+def _generator(config: Config, model: Model, arch: Any, params: Any, tokenizer: Any) -> Local:
+    return Local(
+        arch,
+        params,
+        tokenizer,
+        name=model.name,
+        sha=model.sha,
+        dtype=config.model.dtype,
+        slots=config.analyse.batch_size,
+    )
+
+
+def _drawn(given: Sequence[T], config: Config, test: str) -> list[T]:
+    """As many as analyse.prompts says, drawn by the seed, in their order."""
+    order = sorted(given, key=lambda one: records.sha256(f"{config.seed}:{test}:{one.id}"))
+    keep = {one.id for one in order[: config.analyse.prompts]}
+    return [one for one in given if one.id in keep]
 
 
 def _read(config: Config, arch: Any, params: Any, texts: Any, tell: Any) -> list[np.ndarray]:

@@ -5,8 +5,11 @@ clean request behind it), or Trace records with --prompts=FILE, the Prompt recor
 Judges, separated by commas:
 
 refusal           full compliance, full or partial refusal (FC, FR, PR) of the answer; no model
-GUARD=MODEL       llama_guard_2, llama_guard_3, shieldgemma or wildguard, run here: safe or unsafe
-RUBRIC=MODEL      strongreject, harmbench, reasoning_safety or refusal, asked of a chat model here
+GUARD=MODEL       llama_guard_2, llama_guard_3, shieldgemma or wildguard: safe or unsafe
+RUBRIC=MODEL      strongreject, harmbench, reasoning_safety or refusal, asked of a chat model
+
+MODEL runs here; MODEL@URL is behind an OpenAI-compatible server (http://HOST/v1), which is asked as
+the settings of section `server` say (keys, rates, budgets, retries, cache).
 
 Targets: answer (what the user sees, the reasoning removed), reasoning, prefix (the reasoning up to
 each of its steps: prefix@0, prefix@1, ...). Writes one Judgment a line, in the order of the rows:
@@ -16,12 +19,13 @@ count as neither safe nor refused. A stopped run continues: FILE's name with .pa
 judged. Prints counts, and how far judges agree.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +33,12 @@ from typing import Any
 from tqdm import tqdm
 
 from saro_jax import config as configuration
-from saro_jax.config import Flag
-from saro_jax.judging import guards, rubrics
+from saro_jax.config import Flag, ServerConfig
 from saro_jax.judging.agreement import accuracy, kappa
-from saro_jax.text import reasoning, refusal, refusal_classifier
+from saro_jax.judging.judges import TARGETS, Judge, Judgment, open_judges
+from saro_jax.text import reasoning
 
-TARGETS = ("answer", "reasoning", "prefix")
 CHUNK = 64  # judgments between two writes of the part file
-
-Judgment = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -62,32 +63,16 @@ class Question:
     text: str
 
 
-@dataclass(frozen=True)
-class Judge:
-    """A judge: its name, version and targets, and what it says of (prompt, text) pairs.
-
-    `say` returns for each pair the fields of a Judgment that are its own. With `original` it is
-    asked a second time, with the clean request. `batched`: a pair's neighbours can show in the
-    last digits of its score, so that pairs are always asked in the same company.
-    """
-
-    name: str
-    version: str
-    targets: tuple[str, ...]
-    original: bool
-    say: Callable[[Sequence[tuple[str, str]]], list[Judgment]]
-    batched: bool = False
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     flags = [
         Flag("rows", "JSON lines: {id, prompt, response} or Trace records", required=True),
         Flag("out", "JSON lines file to write", parse=Path, required=True),
-        Flag("judges", "refusal, GUARD=MODEL, RUBRIC=MODEL, separated by commas", "refusal"),
+        Flag("judges", "refusal, NAME=MODEL, NAME=MODEL@URL, separated by commas", "refusal"),
         Flag("targets", "answer, reasoning, prefix, separated by commas", "answer"),
         Flag("prompts", "Prompt records {id, text, base_id}, for Trace records"),
         Flag("batch_size", "questions that a model is asked at a time", 8, parse=int),
+        Flag("config", "recipe whose section server is read: a YAML file or a name in configs/"),
         Flag(
             "dtype",
             "what models compute in; default float32 on CPU, which emulates the other",
@@ -100,17 +85,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             __doc__ or "",
             sys.argv[1:] if argv is None else argv,
             flags,
-            tree=False,
         )
         targets = _listed("targets", args.targets, TARGETS)
         if args.batch_size < 1:
             raise ValueError(f"--batch_size={args.batch_size}; allowed: >= 1")
+        server = _server(args.config, args.overrides)
         rows = read_rows(args.rows, args.prompts)
-        judges = open_judges(args.judges, args.batch_size, args.dtype)
-        judgments = judge(rows, judges, targets, args.out)
+        with contextlib.ExitStack() as stack:
+            judges = open_judges(args.judges, args.batch_size, args.dtype, server)
+            for one in judges:
+                stack.callback(one.close)
+            judgments = judge(rows, judges, targets, args.out)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 130
     print(summary(judgments))
     return 0
 
@@ -177,6 +168,15 @@ def questions(row: Row, one: Judge, targets: Sequence[str]) -> Iterator[tuple[st
                     yield f"{one.name}:original", question
 
 
+def _server(recipe: str | None, overrides: Sequence[str]) -> ServerConfig:
+    for given in overrides:
+        if not given.startswith("--server."):
+            name = given.partition("=")[0]
+            raise ValueError(f"{name}: judge reads no setting but those of server")
+    # The tree needs training rows, which this stage has none of.
+    return configuration.load(recipe, [*overrides, "--data.train=none"], "rw").server
+
+
 def _judgments(one: Judge, name: str, asked: Sequence[Question]) -> list[Judgment]:
     empty = [not question.text.strip() for question in asked]
     pairs = [(q.prompt, q.text) for q, no in zip(asked, empty, strict=True) if not no]
@@ -211,111 +211,6 @@ def judgment_id(name: str, version: str, question: Question) -> str:
     """A hash of all that a judgment depends on."""
     parts = (name, version, question.row_id, question.target, question.prompt, question.text)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def open_judges(listed: str, batch_size: int = 8, dtype: str | None = None) -> list[Judge]:
-    """The judges of --judges, each of another name."""
-    specs = listed.split(",")
-    names = [spec.partition("=")[0].strip() + "=" * ("=" in spec) for spec in specs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"--judges: {twice[0].rstrip('=')} is given twice")
-    return [open_judge(spec, batch_size, dtype) for spec in specs]
-
-
-def open_judge(spec: str, batch_size: int = 8, dtype: str | None = None) -> Judge:
-    """The judge of one entry of --judges."""
-    name, has_model, model = (part.strip() for part in spec.strip().partition("="))
-    if name == "refusal" and not has_model:
-        return refusal_judge()
-    if name not in (*guards.GUARDS, *rubrics.RUBRICS) or not model:
-        names = ", ".join(f"{n}=MODEL" for n in (*guards.GUARDS, *rubrics.RUBRICS))
-        raise ValueError(f"--judges: {spec!r}; allowed: refusal, {names}")
-    from saro_jax.judging import local  # JAX, which the refusal judge does without
-
-    try:
-        checkpoint = local.load(model, dtype)
-    except ValueError as error:
-        raise ValueError(f"--judges: {spec}: {error}") from error
-    if name in guards.GUARDS:
-        return guard_judge(guards.named(name), checkpoint, batch_size)
-    return rubric_judge(name, local.complete(checkpoint), checkpoint.version)
-
-
-def refusal_judge() -> Judge:
-    """The ensemble of text/refusal_classifier.py. It says nothing of safety: label is null."""
-
-    def say(pairs: Sequence[tuple[str, str]]) -> list[Judgment]:
-        return [
-            {
-                "label": None,
-                "refusal": verdict.label,
-                "score": verdict.p_refusal,
-                "meta": {
-                    "p_partial": verdict.p_partial,
-                    "prefix": verdict.prefix,
-                    "pattern": verdict.pattern,
-                    "agree": verdict.agree,
-                },
-            }
-            for verdict in refusal_classifier.classify_all(pairs)
-        ]
-
-    files = (refusal_classifier.WEIGHTS, refusal_classifier.__file__, refusal.__file__)
-    version = _hash(*(Path(file).read_text(encoding="utf-8") for file in files))
-    return Judge("refusal", version, ("answer",), False, say)
-
-
-def guard_judge(guard: guards.Guard, checkpoint: Any, batch_size: int) -> Judge:
-    """A guard model run in JAX, `checkpoint` a judging.local.Checkpoint."""
-    from saro_jax.judging import local
-
-    def say(pairs: Sequence[tuple[str, str]]) -> list[Judgment]:
-        answers = local.judge(checkpoint, guard, pairs, batch_size)
-        return [guard_fields(a.verdict, a.p_unsafe, a.raw) for a in answers]
-
-    asks = checkpoint.tokenizer.chat_template if guard.template else guards.template(guard.name)
-    version = _hash(checkpoint.version, str(asks), str(batch_size), str(checkpoint.dtype))
-    return Judge(guard.name, version, TARGETS, True, say, batched=True)
-
-
-def served_guard_judge(name: str, complete: rubrics.Complete, version: str) -> Judge:
-    """A guard model behind a server, which applies the chat template; without probabilities."""
-    guard = guards.named(name)
-
-    def ask(prompt: str, text: str) -> Judgment:
-        asked = guards.messages(guard, prompt, text)
-        said = [complete(messages) for messages in asked]
-        verdict = guards.by_policy(guard, [guards.parse(guard, one) for one in said])
-        return guard_fields(verdict, None, "\n---\n".join(said))
-
-    return Judge(name, version, TARGETS, True, lambda pairs: [ask(*pair) for pair in pairs])
-
-
-def guard_fields(verdict: guards.Verdict, score: float | None, raw: str) -> Judgment:
-    """A guard's verdict as fields of a Judgment; WildGuard's other two answers go to meta."""
-    other = {"refusal": verdict.refusal, "harmful_request": verdict.harmful_request}
-    return {
-        "label": verdict.label,
-        "score": None if score is None else round(score, 6),
-        "cats": verdict.cats,
-        "raw": raw,
-        "meta": {name: value for name, value in other.items() if value is not None},
-    }
-
-
-def rubric_judge(rubric: str, complete: rubrics.Complete, version: str) -> Judge:
-    """A rubric asked of any `complete(messages) -> text`; the LM judge of refusals: refusal_lm."""
-
-    def ask(prompt: str, text: str) -> Judgment:
-        verdict, raw = rubrics.judge(complete, rubric, prompt, text)
-        fields = {"label": verdict.label, "score": verdict.score, "raw": raw}
-        return fields | {"refusal": verdict.refusal}
-
-    targets = ("reasoning", "prefix") if rubric == "reasoning_safety" else ("answer",)
-    name = "refusal_lm" if rubric == "refusal" else rubric
-    original = rubric in ("strongreject", "harmbench")
-    version = _hash(version, guards.template(rubric))
-    return Judge(name, version, targets, original, lambda pairs: [ask(*pair) for pair in pairs])
 
 
 def read_rows(file: str | Path, prompts: str | Path | None = None) -> list[Row]:
@@ -475,10 +370,6 @@ def _end_line(path: Path, file: Any) -> None:
             written.seek(-1, os.SEEK_END)
             if written.read(1) != b"\n":
                 file.write("\n")
-
-
-def _hash(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
 
 
 def _line(record: Judgment) -> str:

@@ -30,8 +30,9 @@ from saro_jax import config as configuration
 from saro_jax import records
 from saro_jax.config import Config, Flag, PairsConfig
 from saro_jax.generation.requests import Generator
+from saro_jax.judging.judges import Judge, open_judge, refusal_judge
 from saro_jax.models import hub
-from saro_jax.pairing import assembly, judges, noise, reward_items, trajectories
+from saro_jax.pairing import assembly, noise, reward_items, trajectories
 from saro_jax.pairing.outcome_pairs import Choice, outcome_pairs
 from saro_jax.pairing.outcomes import Limits, Outcome, difficulty, outcome, pass_rates
 from saro_jax.pairing.outcomes import report as outcome_report
@@ -87,7 +88,7 @@ def run(
     out: Path,
     *,
     generator: Generator | None = None,
-    guard: judges.Guard | None = None,
+    guard: Judge | None = None,
     tokenizer: Any = None,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -118,13 +119,13 @@ def run(
                 "in none of pairs.prompts"
             )
     if guard is None and settings.guard is not None:
-        guard = judges.local_guard(settings.guard, GUARD_BATCH)
+        guard = open_judge(settings.guard, GUARD_BATCH, None, config.server, "pairs.guard")
     tokenizer = tokenizer or chat.load_tokenizer(hub.resolve(config.model.path or "quickstart"))
     generator = generator or _local(config)
     stage = Stage(
         "pairs",
-        # What is read from the tree; places of inputs stand under inputs.
-        settings.model_dump(mode="json")
+        # What is read from the tree; the dtype is in the model's hash.
+        settings.model_dump(mode="json", exclude={"slots", "dtype"})
         | {"judge": guard.name if guard else "form", "judge_version": _judge_version(guard)},
         inputs,
         config.seed,
@@ -218,10 +219,16 @@ def _local(config: Config) -> Generator:
     from saro_jax.generation import local
 
     model = config.model
-    return local.load(model.path, revision=model.revision, chat_template=model.chat_template)
+    return local.load(
+        model.path,
+        revision=model.revision,
+        chat_template=model.chat_template,
+        dtype=config.pairs.dtype,
+        slots=config.pairs.slots,
+    )
 
 
-def judge_says(guard: judges.Guard | None) -> str:
+def judge_says(guard: Judge | None) -> str:
     """What "unsafe" means in these pairs."""
     if guard is not None:
         return f"{guard.name}: P(unsafe) of answers and reasoning to harmful prompts"
@@ -397,8 +404,8 @@ def _shares(settings: PairsConfig) -> assembly.Shares:
     )
 
 
-def _judge_version(guard: judges.Guard | None) -> str:
-    return judges.form_version() + (f"+{guard.version}" if guard else "")
+def _judge_version(guard: Judge | None) -> str:
+    return refusal_judge().version + (f"+{guard.version}" if guard else "")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,19 @@
 """All stages from one recipe: `python -m saro_jax.pipeline [--config=RECIPE] [--out=DIR]`.
 
-Measures the model the recipe starts from on held-out prompts, runs RW and SRPO, exports both,
-measures them the same way and prints one table. Each stage lies in its own folder of OUT and is
-skipped where it is complete, so the same command continues a run that was stopped.
+Prompts and a policy to RIT-D, the warmup on it (RW), then in each round: rollouts of the model,
+judgments, pairs, SRPO from the model of the round before. The model the recipe starts from and what
+comes out of each training are measured on held-out prompts in the same way, in one table. OUT gets
+
+ritd/                          RIT-D, see synthesize
+rw/                            the warmup, see train
+round1/rollouts/               answers of the warmup's model, see sample
+round1/judgments.jsonl         what the judges say of them, see judge
+round1/pairs/                  OP-COT and PP-COT, see pairs
+round1/srpo/                   SRPO on them, see train; round2/... goes on from its model
+measured/, summary.md          transcripts on the held-out prompts, the table
+
+Each stage lies in its own folder and is skipped where it is complete, so the same command continues
+a run that was stopped. pipeline.synthesize=false and pipeline.rounds=0 train on data.train instead.
 """
 
 import gc
@@ -15,11 +26,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from saro_jax import config as configuration
-from saro_jax import evaluate, train
-from saro_jax.config import Flag
+from saro_jax import evaluate, judge, pairs, sample, synthesize, train
+from saro_jax.config import Config, Flag
 from saro_jax.models import hub, huggingface
 from saro_jax.parallel import distributed
 from saro_jax.text import chat
@@ -67,38 +79,123 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(recipe: str, overrides: list[str], out: Path, held_out: str, max_new_tokens: int) -> int:
-    """Measure, RW, SRPO, measure again; returns 0, or 128 + the signal that stopped a stage."""
+    """All stages in their order; returns 0, or 128 + the signal that stopped a stage."""
     started = time.monotonic()
+    ritd = out / "ritd"
+    # What the pipeline makes is what training reads.
+    made = [f"--stages.rw.data.train={ritd / 'ritd.jsonl'}"]
+    made += [f"--stages.srpo.data.train={_round(out, 1) / 'pairs' / 'pairs.jsonl'}"]
+    steps = configuration.load(recipe, [*overrides, *made], "rw").pipeline
+    given = made[: int(steps.synthesize)] + made[1:] * bool(steps.rounds)
     configs = {
-        stage: configuration.load(recipe, overrides, stage) for stage in configuration.STAGES
+        stage: configuration.load(recipe, [*overrides, *given], stage)
+        for stage in configuration.STAGES
     }
+    if (steps.synthesize or steps.rounds) and jax.process_count() > 1:
+        raise ValueError(
+            "pipeline.synthesize and pipeline.rounds: data is made by one process; run the stages "
+            "one by one, or set pipeline.synthesize=false and pipeline.rounds=0"
+        )
     prompts = evaluate.read_prompts(held_out)
     base = configs["rw"].model.path or "quickstart"
     measured = {"base": _measure("base", base, prompts, out, max_new_tokens)}
-    for stage, config in configs.items():
-        if stage == "srpo":  # starts from what the warmup made
-            model = config.model.model_copy(
-                update={"path": str(out / "rw" / "model"), "revision": None}
-            )
-            config = config.model_copy(update={"model": model})
-        print(f"\n== {stage.upper()} ==", flush=True)
-        stopped = train.run(config, stage, out / stage)
-        if stopped:
+    if steps.synthesize:
+        _say("RIT-D")
+        manifest = synthesize.run(configs["rw"], ritd, progress=sys.stderr.isatty())
+        print(synthesize.summary(manifest, ritd), flush=True)
+
+    def trained(stage: str, config: Config, folder: Path, name: str) -> int:
+        _say(name.upper())
+        stopped = train.run(config, stage, folder)
+        if not stopped:
+            model = str(folder / "model")
+            measured[name] = _measure(name, model, prompts, out, max_new_tokens)
+        return stopped
+
+    if stopped := trained("rw", configs["rw"], out / "rw", "rw"):
+        return stopped
+    model = out / "rw" / "model"
+    folders = [_round(out, number) for number in range(1, steps.rounds + 1)]
+    for number, folder in enumerate(folders, 1):
+        config = _with(configs["srpo"], "model", path=str(model), revision=None)
+        _rolled(config, ritd if steps.synthesize else None, folder, number)
+        config = _with(config, "data", train=str(folder / "pairs" / "pairs.jsonl"))
+        name = "srpo" if steps.rounds == 1 else f"srpo{number}"
+        if stopped := trained("srpo", config, folder / "srpo", name):
             return stopped
-        model = str(out / stage / "model")
-        measured[stage] = _measure(stage, model, prompts, out, max_new_tokens)
+        model = folder / "srpo" / "model"
+    if not steps.rounds:
+        config = _with(configs["srpo"], "model", path=str(model), revision=None)
+        if stopped := trained("srpo", config, out / "srpo", "srpo"):
+            return stopped
+        model = out / "srpo" / "model"
     table = comparison(measured)
     _write(out / "summary.md", table + "\n")
     facts = {"provenance": configuration.provenance(), "measured": measured}
     _write(out / "summary.json", json.dumps(facts, indent=2) + "\n")
     print(f"\n{table}\n")
     print(f"warmup model      {out / 'rw' / 'model'}")
-    print(f"SRPO model        {out / 'srpo' / 'model'}")
-    print(f"metrics           {out}/rw/metrics.jsonl, {out}/srpo/metrics.jsonl")
+    print(f"SRPO model        {model}")
+    print(f"metrics           {out}/rw/metrics.jsonl, {model.parent}/metrics.jsonl")
     print(f"transcripts       {out}/measured/*.jsonl")
     print(f"this table        {out / 'summary.md'}")
     print(f"total             {(time.monotonic() - started) / 60:.1f} minutes")
     return 0
+
+
+def _round(out: Path, number: int) -> Path:
+    return out / f"round{number}"
+
+
+def _say(title: str) -> None:
+    print(f"\n== {title} ==", flush=True)
+
+
+def _with(config: Config, section: str, **values: Any) -> Config:
+    """The config with some values of one section changed."""
+    changed = getattr(config, section).model_copy(update=values)
+    return config.model_copy(update={section: changed})
+
+
+def _rolled(config: Config, ritd: Path | None, folder: Path, number: int) -> None:
+    """Rollouts of the model, judgments and pairs, in `folder`; each round draws with its own seed.
+
+    Prompts are those of RIT-D where it was made, else those of the recipe.
+    """
+    progress = sys.stderr.isatty()
+    config = config.model_copy(update={"seed": config.seed + number - 1})
+    if ritd is not None:
+        config = _with(config, "sample", prompts=str(ritd / "prompts.jsonl"))
+    _say(f"ROLLOUTS, round {number}")
+    rollouts = folder / "rollouts"
+    print(sample.summary(sample.run(config, rollouts, progress=progress), rollouts), flush=True)
+    gc.collect()
+    _say(f"JUDGMENTS, round {number}")
+    # The whole pool has the requests behind the disguises too.
+    pool = (ritd or rollouts) / "prompts.jsonl"
+    judges = judge.open_judges(config.pipeline.judges)
+    rows = judge.read_rows(rollouts / "traces.jsonl", pool)
+    judgments = folder / "judgments.jsonl"
+    print(judge.summary(judge.judge(rows, judges, ("answer", "reasoning"), judgments)), flush=True)
+    del judges
+    _say(f"PAIRS, round {number}")
+    config = _with(
+        config,
+        "pairs",
+        traces=str(rollouts / "traces.jsonl"),
+        prompts=str(pool),
+        judgments=str(judgments),
+        ritd=str(ritd / "ritd.jsonl") if ritd else config.pairs.ritd,
+    )
+    found = pairs.run(config, folder / "pairs", progress=progress)
+    print(pairs.summary(found, folder / "pairs"), flush=True)
+    gc.collect()
+    if not found["n_out"]:
+        raise ValueError(
+            f"{folder / 'pairs'}: no pairs, of {found['n_in']} rollouts: the model answers all "
+            "prompts alike, or badly; see rejects/ there, and train the warmup longer or take more "
+            "prompts"
+        )
 
 
 def _measure(

@@ -16,6 +16,7 @@ the same inputs, seed and teacher give the same files.
 """
 
 import contextlib
+import dataclasses
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,10 +29,12 @@ from saro_jax.config import Config, Flag, SynthesizeConfig
 from saro_jax.data import filters
 from saro_jax.data import prompts as pool
 from saro_jax.data.filters import Judged, Judges, Limits
-from saro_jax.generation import teaching
+from saro_jax.generation import assisting, teaching
 from saro_jax.generation.api import Api
 from saro_jax.generation.requests import Generator
 from saro_jax.generation.teaching import Asking, Called, Function
+from saro_jax.judging.guards import GUARDS
+from saro_jax.judging.judges import Judge, open_judge
 from saro_jax.records import (
     RITD,
     Journal,
@@ -115,6 +118,17 @@ def run(
     rejects += dropped
     spare = TemplateTeacher(policy, [*prompts, *bases])
     with contextlib.ExitStack() as stack:
+        if settings.guard is not None and judges.answer_risk is None:
+            if settings.guard.partition("=")[0] not in GUARDS:
+                raise ValueError(
+                    f"--synthesize.guard={settings.guard}: expected NAME=MODEL or NAME=MODEL@URL, "
+                    f"NAME one of {', '.join(GUARDS)}"
+                )
+            guard = open_judge(settings.guard, server=config.server, option="--synthesize.guard")
+            stack.callback(guard.close)
+            risk = _risk(guard)
+            judges = dataclasses.replace(judges, answer_risk=risk, reasoning_risk=risk)
+            judges_version = f"{guard.name}:{guard.version}"
         source: Generator
         if teacher is None and settings.teacher != "template":
             source = teaching.opened(config)
@@ -140,34 +154,71 @@ def run(
             return before
         _check_hits(contamination, settings, out)
         asking = Asking(source, policy, settings, config.seed, out, progress)
-        with asking.journal(spare) as journal:
-            flips = None
-            if origin == "self":
-                flips = _flips(asking, prompts, journal, judges, settings)
-            replies = asking.replies(prompts, spare, journal)
-    stage.run["cost"] = round(sum(r.get("cost", 0.0) for one in replies.values() for r in one), 6)
-    if isinstance(source, Api):
-        stage.run["server"] = source.report()
-    count = _counter(settings.tokenizer)
-    traces: list[Trace] = []
-    withheld: list[Reject] = []
-    for prompt in prompts:
-        found = replies[prompt.id]
-        for i, reply in enumerate(found):
-            if reply["finish"] == "filter":
-                name = records.content_id(prompt.id, source.name, reply["seed"], i)
-                about = {"prompt_id": prompt.id, **reply}
-                withheld.append(Reject(name, "filter: withheld by the server", record=about))
-            else:
-                traces.append(_trace(prompt, reply, i, source.name, origin, settings, count))
-        if not found:
-            rejects.append(Reject(prompt.id, f"no answer: {asking.why_none(prompt)}"))
-    by_id = {prompt.id: prompt for prompt in prompts}
-    items = [Judged(trace, by_id[trace.prompt_id]) for trace in traces]
-    accepted, failed = filters.passed(items, policy, judges, limits)
-    groups: dict[str, list[Judged]] = {}
-    for item in accepted:
-        groups.setdefault(item.prompt.id, []).append(item)
+        journal = stack.enter_context(asking.journal(spare))
+        said: dict[str, Any] = {}
+        if settings.label:
+            prompts, said["labels"] = assisting.labelled(asking, prompts, journal)
+            spare = TemplateTeacher(policy, [*prompts, *bases])
+        if settings.score:
+            quality = assisting.scorer(asking, prompts, journal)
+            judges = dataclasses.replace(judges, quality=quality)
+        if origin == "self":
+            said["flip_rate"] = _flips(asking, prompts, journal, judges, settings)
+        replies = asking.replies(prompts, spare, journal)
+        count = _counter(settings.tokenizer)
+
+        def made(prompt: Prompt, reply: Mapping[str, Any], i: int) -> Trace:
+            return _trace(prompt, reply, i, source.name, origin, settings, count)
+
+        traces: list[Trace] = []
+        withheld: list[Reject] = []
+        for prompt in prompts:
+            found = replies[prompt.id]
+            for i, reply in enumerate(found):
+                if reply["finish"] == "filter":
+                    name = records.content_id(prompt.id, source.name, reply["seed"], i)
+                    about = {"prompt_id": prompt.id, **reply}
+                    withheld.append(Reject(name, "filter: withheld by the server", record=about))
+                else:
+                    traces.append(made(prompt, reply, i))
+            if not found:
+                rejects.append(Reject(prompt.id, f"no answer: {asking.why_none(prompt)}"))
+        by_id = {prompt.id: prompt for prompt in prompts}
+        items = [Judged(trace, by_id[trace.prompt_id]) for trace in traces]
+        accepted, failed = filters.passed(items, policy, judges, limits)
+
+        def edited(name: str, edits: Sequence[tuple[Judged, Mapping[str, Any]]]) -> None:
+            """What has been edited goes through the filters as any answer."""
+            new = []
+            for item, reply in edits:
+                trace = made(item.prompt, {**reply, "edit": name, "of": item.trace.id}, 0)
+                trace = trace.model_copy(update={"meta": trace.meta | {"i": item.trace.meta["i"]}})
+                new.append(Judged(trace, item.prompt))
+            passed, dropped = filters.passed(new, policy, judges, limits)
+            said[name] = {"made": len(new), "accepted": len(passed)}
+            traces.extend(one.trace for one in new)
+            accepted.extend(passed)
+            failed.extend(dropped)
+
+        if settings.repair and judges.reasoning_risk is not None:
+            ids = {r.id for r in failed if r.reason.startswith("reasoning_safety")}
+            broken = [
+                item
+                for item in items
+                if item.trace.id in ids and item.prompt.kind in ("harmful", "jailbreak")
+            ]
+            risk, limit = judges.reasoning_risk, limits.reasoning_risk
+            edited("repair", assisting.repaired(asking, broken, journal, risk, limit))
+        groups = _by_prompt(accepted)
+        if settings.compress:
+            first = [
+                filters.ranked(g, settings.srs, settings.srs_floor)[0] for g in groups.values()
+            ]
+            edited("compress", assisting.shortened(asking, first, journal))
+            groups = _by_prompt(accepted)
+        stage.run["cost"] = round(sum(asking.costs.values()), 6)
+        if isinstance(source, Api):
+            stage.run["server"] = source.report()
     kept, unused = filters.chosen(
         list(groups.values()), settings.srs, settings.srs_floor, settings.overlap
     )
@@ -191,9 +242,7 @@ def run(
         "dev_rows": sum(item.prompt.split == "dev" for item in kept),
         "withheld": len(withheld),
         "tokens_counted_by": settings.tokenizer or "words and marks",
-    }
-    if flips is not None:
-        report["flip_rate"] = flips
+    } | said
     rows = [_row(item, settings) for item in kept]
     split = [item.prompt.split for item in kept]
     shards: dict[str, Sequence[records.Record]] = {
@@ -247,6 +296,11 @@ def summary(manifest: Mapping[str, Any], out: Path) -> str:
             if flips["prompts"]
             else "flip rate         not measured: no harmful prompts"
         )
+    if labels := report.get("labels"):
+        lines.append("labels            " + ", ".join(f"{labels[k]} {k}" for k in labels))
+    for name in ("repair", "compress"):
+        if edits := report.get(name):
+            lines.append(f"{name:<18}{edits['made']} made, {edits['accepted']} accepted")
     if report["teacher_refusals"]:
         lines.append(
             f"refused           the teacher would not reason about {report['teacher_refusals']} "
@@ -297,6 +351,29 @@ def _pool(
         prompts = kept
         rejects += dropped
     return prompts, bases, rejects, contamination
+
+
+def _by_prompt(items: Sequence[Judged]) -> dict[str, list[Judged]]:
+    groups: dict[str, list[Judged]] = {}
+    for item in items:
+        groups.setdefault(item.prompt.id, []).append(item)
+    return groups
+
+
+def _risk(guard: Judge) -> filters.Verdicts:
+    """A guard as the filters take it: P(unsafe), or 0 or 1 by its word, or None where invalid."""
+
+    def risk(pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+        by_label = {"safe": 0.0, "unsafe": 1.0}
+        said = guard.say(pairs)
+        return [
+            by_label.get(one["label"])
+            if one["label"] == "invalid" or one["score"] is None
+            else one["score"]
+            for one in said
+        ]
+
+    return risk
 
 
 def _check_hits(contamination: Mapping[str, Any], settings: SynthesizeConfig, out: Path) -> None:
@@ -358,7 +435,8 @@ def _trace(
     return Trace(
         id=records.content_id(prompt.id, name, reply["seed"], i, reply["text"]),
         parent_ids=(prompt.id,),
-        meta={"i": i, "attempt": reply["attempt"]}
+        meta={"i": i}
+        | {k: reply[k] for k in ("attempt", "edit", "of") if k in reply}
         | ({"teacher_refusal": True} if fallback else {}),
         prompt_id=prompt.id,
         model=name,
@@ -379,7 +457,7 @@ def _trace(
             prompt=count(prompt.text), reason=count(parsed.reasoning), answer=count(parsed.answer)
         ),
         finish=reply["finish"],
-        origin="template" if fallback else origin,
+        origin="template" if fallback else "repair" if reply.get("edit") == "repair" else origin,
     )
 
 

@@ -231,9 +231,15 @@ def events(made: dict[str, Any]) -> bytes:
 
 
 def forward(upstream: str) -> Answer:
-    """Replies of a real server."""
+    """Replies of a real server, which is asked once for the same."""
+    known: dict[str, dict[str, Any]] = {}
 
     def answer(sent: dict[str, Any]) -> dict[str, Any]:
+        if key(sent) not in known:
+            known[key(sent)] = ask(sent)
+        return known[key(sent)]
+
+    def ask(sent: dict[str, Any]) -> dict[str, Any]:
         plain = {k: v for k, v in sent.items() if k not in ("stream", "stream_options")}
         request = urllib.request.Request(
             f"{upstream}/v1/chat/completions",

@@ -7,11 +7,11 @@ import pytest
 import tiny
 
 from saro_jax import analyse, records
-from saro_jax.analysis import results
+from saro_jax.analysis import results, table
 from saro_jax.config import AnalyseConfig, Config
 from saro_jax.evaluation.results import Step, Transcript, write_transcripts
 
-SMALL = {"per_group": 12, "tsne_seeds": 1, "permutations": 20, "row_length": 512}
+SMALL = {"prompts": 0, "per_group": 12, "tsne_seeds": 1, "permutations": 20, "row_length": 512}
 WORDS = ("garden", "river", "engine", "window", "letter", "market", "bridge", "pencil")
 
 
@@ -66,7 +66,7 @@ def test_prompts_are_compared_drawn_and_probed(data: Path, tmp_path: Path):
         "harmful|benign", "jailbreak|borderline", "jailbreak|wrapped", "harmful|borderline",
     }  # fmt: skip
     assert manifest["outputs"].keys() == {"analysis.json", "rejects/prompts.jsonl"}
-    assert "harmful / benign" in analyse.summary(found, manifest, tmp_path)
+    assert "harmful / benign" in table.summary(found, manifest, tmp_path)
     # Nothing is computed again; without manifest and document the journal has it all.
     before = (tmp_path / "analysis.json").read_bytes()
     assert analyse.run(config(), models(), tmp_path, prompts=prompts(data)) == manifest
@@ -129,7 +129,8 @@ def test_the_row_length_bounds_the_texts(data: Path, tmp_path: Path):
 
 
 def test_the_perturbations_are_of_every_setting():
-    assert CHANGES.keys() | {"row_length", "steps"} == AnalyseConfig.model_fields.keys()
+    tested_below = {"row_length", "steps", "pairs", *GENERATES}
+    assert CHANGES.keys() | tested_below == AnalyseConfig.model_fields.keys()
 
 
 def transcript(i: int, kind: str, steps: int) -> Transcript:
@@ -173,6 +174,116 @@ def test_probes_after_each_step_of_transcripts(tmp_path: Path):
     one = tmp_path / "one"
     analyse.run(config(steps=1), models(), one, transcripts=tmp_path / "evaluation")
     assert {o.position for o in results.read(one).probes} == {"prompt", "step 1", "end"}
+
+
+def test_pairs_are_scored_and_their_reasoning_is_weighed(tmp_path: Path):
+    rows = [
+        {
+            "id": f"p{i}",
+            "kind": "OP1",
+            "prompt": f"lock {i}",
+            "chosen": f"<think>\nthey would harm {i}\n</think>\n\nno",
+            "rejected": f"<think>\nfine {i}\n</think>\n\nyes, take {i}",
+        }
+        for i in range(6)
+    ]
+    source = str(tiny.write_rows(tmp_path / "pairs.jsonl", rows))
+    other = tiny.write_model(tmp_path / "model", seed=1)
+    two = models() | {"other": str(other)}
+    analyse.run(config(), two, tmp_path / "a", pairs=source)
+    found = results.read(tmp_path / "a")
+    assert {(one.model, one.kind, one.n) for one in found.margins} == {
+        (model, kind, 6) for model in two for kind in ("all", "OP1")
+    }
+    by = {one.model: one for one in found.margins if one.kind == "all"}
+    assert by["base"].margin == 0 and by["other"].margin != 0
+    assert len(found.likelihood) == 2 * 7
+    analyse.run(config(pairs=4), two, tmp_path / "b", pairs=source)
+    assert {one.n for one in results.read(tmp_path / "b").margins} == {4}
+    rows.append({"id": "p9", "prompt": "a", "chosen": "b"})
+    with pytest.raises(ValueError, match=r"pairs.jsonl:7: "):
+        analyse.run(
+            config(),
+            two,
+            tmp_path / "c",
+            pairs=str(tiny.write_rows(tmp_path / "pairs.jsonl", rows)),
+        )
+
+
+GENERATES = {
+    "prompts": 3,
+    "depth": "0:2",
+    "max_new_tokens": 5,
+    "tries": 2,
+    "batch_size": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def attacked(data: Path, tmp_path_factory: pytest.TempPathFactory):
+    """A run that generates, and its prompts and transcripts."""
+    folder = tmp_path_factory.mktemp("attacked")
+    made = [transcript(i, "harmful", 2) for i in range(5)]
+    made = [
+        one.model_copy(
+            update={"steps": (one.steps[0], one.steps[1].model_copy(update={"kind": "reflect"}))}
+        )
+        for one in made
+    ]
+    write_transcripts(folder / "evaluation", made)
+    given = {"prompts": prompts(data, "harmful", "benign"), "transcripts": folder / "evaluation"}
+    settings = {"prompts": 2, "depth": "0:3", "max_new_tokens": 4, "batch_size": 4}
+    settings |= {"jailbreaks": 0, "wrapped": 0, "tsne_seeds": 0, "layer_step": 2, "steps": 0}
+    analyse.run(config(**settings), models(), folder / "out", **given)
+    return results.read(folder / "out"), settings, given
+
+
+def test_attacks_and_tampering_on_the_model(attacked):
+    found, *_ = attacked
+    assert [(one.k, one.n) for one in found.depth] == [(0, 2), (3, 2)]
+    by = {one.test: one for one in found.authenticity}
+    assert by.keys() <= {"delete", "ban", "swap", "inject"} and {"delete", "inject"} <= by.keys()
+    assert {one.n for one in by.values()} <= {1, 2}
+
+
+@pytest.mark.parametrize("name", ["prompts", "depth"])
+def test_settings_of_what_generates(attacked, tmp_path: Path, name: str):
+    found, settings, given = attacked
+    analyse.run(config(**settings | {name: GENERATES[name]}), models(), tmp_path, **given)
+    assert results.read(tmp_path).depth != found.depth
+
+
+def test_settings_that_reach_the_generator(attacked, tmp_path: Path, monkeypatch):
+    _, settings, given = attacked
+    told = {}
+
+    class Told(analyse.Local):
+        def __init__(self, *arguments, slots: int, **options):
+            told["batch_size"] = slots
+            super().__init__(*arguments, slots=slots, **options)
+
+        def generate(self, requests):
+            asked = list(requests)
+            told["max_new_tokens"] = asked[0].sampler.max_new_tokens
+            return super().generate(asked)
+
+    real = analyse.reflections.continued
+
+    def continued(*arguments, tries: int, **options):
+        told["tries"] = tries
+        return real(*arguments, tries=tries, **options)
+
+    monkeypatch.setattr(analyse, "Local", Told)
+    monkeypatch.setattr(analyse.reflections, "continued", continued)
+    changes = {name: GENERATES[name] for name in ("max_new_tokens", "tries", "batch_size")}
+    analyse.run(config(**settings | changes), models(), tmp_path, **given)
+    assert told == changes
+
+
+def test_a_depth_that_is_none_is_refused(data: Path, tmp_path: Path):
+    for text in ("", "a", "1:1", "0:-1"):
+        with pytest.raises(ValueError, match=r"analyse.depth=.*: expected different counts"):
+            analyse.run(config(depth=text), models(), tmp_path, prompts=prompts(data))
 
 
 @pytest.mark.parametrize(

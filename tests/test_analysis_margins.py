@@ -58,3 +58,27 @@ def test_a_real_run_has_curves(tmp_path: Path):
     records = tiny.metrics(tmp_path / "run")
     want = [one["rewards/margins"] for one in records]
     assert [one.margin for one in found if one.kind == "all"] == want
+
+
+def test_margins_of_checkpoints_by_hand():
+    def one(model: str, i: int, kind: str, chosen: float, rejected: float) -> margins.Scored:
+        return margins.Scored(model=model, id=f"p{i}", kind=kind, chosen=chosen, rejected=rejected)
+
+    scored = [
+        one("base", 0, "OP1", -10, -9),
+        one("base", 1, "OP1", -20, -18),
+        one("base", 2, "PPA", -5, -5),
+        one("base", 3, "PPA", -5, -5),
+        one("srpo", 0, "OP1", -12, -15),  # the margin grows while both fall
+        one("srpo", 1, "OP1", -21, -18),
+        one("srpo", 2, "PPA", -5, -5),
+    ]
+    found = {(o.model, o.kind): o for o in margins.of_checkpoints(scored, "base", 0.1)}
+    assert found.keys() == {(m, k) for m in ("base", "srpo") for k in ("all", "OP1", "PPA")}
+    assert found["base", "all"].margin == 0 and found["base", "all"].accuracy == 0.5
+    op = found["srpo", "OP1"]
+    assert op.margin == pytest.approx(0.1 * (4 - 1) / 2)  # 3 - (-1) and -3 - (-2)
+    assert (op.accuracy, op.chosen, op.rejected, op.n) == (0.5, -16.5, -16.5, 2)
+    assert found["srpo", "PPA"].accuracy == 0.5 and found["srpo", "PPA"].n == 1
+    assert found["srpo", "all"].n == 3
+    assert margins.of_checkpoints(scored[4:], "base", 0.1) == []

@@ -232,7 +232,8 @@ def test_typed_overrides():
         (
             "stages: {rw: {stages: {}}}\n",
             "configs/x.yaml:1: unknown key 'stages' in stages.rw; allowed: model, data, train, "
-            "optimizer, lora, srpo, synthesize, server, pairs, analyse, mesh, seed",
+            "optimizer, lora, srpo, synthesize, sample, server, pairs, analyse, pipeline, mesh, "
+            "seed",
         ),
         (
             "train:\n  steps: abc\n",

@@ -67,7 +67,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 def config(files: dict[str, Path], **more: Any):
     given = {"traces": files["traces"], "prompts": files["prompts"], "ritd": files["ritd"]}
-    given |= {"floor": 3, "injected": 1.0, **more}
+    given |= {"floor": 3, "injected": 1.0, "rollouts": 4, "search": 8, **more}
     flags = [f"--pairs.{key}={value}" for key, value in given.items() if value is not None]
     return configuration.load("quickstart", [*flags, "--data.train=x"], "srpo")
 

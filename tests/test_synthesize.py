@@ -365,6 +365,9 @@ def model_answer(sent: dict[str, Any]) -> dict[str, Any]:
     prompt = sent["messages"][-1]["content"]
     made = faults.echo(sent)
     seed = sent["seed"] % 7
+    if (extra := beside(system, prompt, sent)) is not None:
+        made["choices"][0]["message"]["content"] = extra
+        return made
     thought = f"They want this: {prompt} Take {seed} looks.\n\n" + "Think it over. " * seed
     if not system:
         text = "I can't help with that." if "painting" in prompt else "Sure, do this."
@@ -378,6 +381,29 @@ def model_answer(sent: dict[str, Any]) -> dict[str, Any]:
         text = reasoning.render(f"{thought}\n\nDecision: comply", f"It is {total}.")
     made["choices"][0]["message"]["content"] = text
     return made
+
+
+def beside(system: str, prompt: str, sent: dict[str, Any]) -> str | None:
+    """What the model says as a guard, and to T5, T6, T3 and T8; None for other requests."""
+    if sent["messages"][-1]["role"] == "assistant":  # a guard: it minds three looks, till mended
+        return "unsafe\nS2" if "Take 3 looks" in prompt and "Rather" not in prompt else "safe"
+    if system.startswith("You sort requests"):
+        kind = "benign" if "process" in prompt else "borderline"
+        category = "P3" if "show" in prompt and sent["seed"] % 2 else "P0"
+        return f"```json\n{json.dumps({'categories': [category], 'kind': kind})}\n```"
+    if system.startswith("You grade the work"):
+        third = 5 if "Take 5 looks" in prompt else 9
+        return json.dumps({"scores": [9, 9, third], "reason": "so"})
+    if system.startswith("You correct the course"):
+        rule = re.findall(r"P\d+\.R\d+", system)
+        return (
+            f"Rather, that looked too closely; {rule[0]} decides.\n\nDecision: refuse\n</think>"
+            "\n\nI can't help with that."
+        )
+    if system.startswith("You tighten"):
+        thought = prompt.partition("Thinking:")[2].partition("Answer:")[0].strip()
+        return re.sub(r"(Think it over\. )+", "Think it over. ", thought)
+    return None
 
 
 def at(server: Server, tmp_path: Path, teacher: str = "api", **given: Any) -> dict[str, Any]:
@@ -442,7 +468,7 @@ def test_a_teacher_that_runs_here(data: Path, tmp_path: Path):
     import tiny
 
     model = tiny.write_model(tmp_path / "tiny", config={"max_position_embeddings": 16384})
-    small = {"n": 2, "retries": 0, "jailbreaks": 0, "max_new_tokens": 3}
+    small: dict[str, Any] = {"n": 2, "retries": 0, "jailbreaks": 0, "max_new_tokens": 3}
     made = {}
     for teacher, slots in (("local", 2), ("local", 7), ("self", 3)):
         out = tmp_path / f"{teacher}{slots}"
@@ -454,6 +480,75 @@ def test_a_teacher_that_runs_here(data: Path, tmp_path: Path):
     assert made["local2"]["drop_reasons"]["parse"] == 2 * 15
     assert contents(tmp_path / "local2") == contents(tmp_path / "local7")
     assert made["self3"]["report"]["flip_rate"]["prompts"] == 6
+    # What does not fit is rejected with its reason; that nothing fits ends the run.
+    narrow = tiny.write_model(tmp_path / "narrow", config={"max_position_embeddings": 4096})
+    given = small | {"teacher": "local", "teacher_model": str(narrow)}
+    less = synthesize.run(config(data, wrapped_benign=0, **given), tmp_path / "less")
+    assert less["drop_reasons"]["no answer"] > 0 and less["drop_reasons"]["parse"] > 0
+    assert (
+        "3 exceed the model's 4096 positions"
+        in (tmp_path / "less" / "rejects" / "prompts.jsonl").read_text()
+    )
+    none = tiny.write_model(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"none: no request succeeded: .* tokens"):
+        given = small | {"teacher": "local", "teacher_model": str(none)}
+        synthesize.run(config(data, wrapped_benign=0, **given), tmp_path / "no")
+
+
+def test_labels_guard_scores_repairs_and_shortening(data: Path, tmp_path: Path):
+    """All that a teacher does beside answering, killed by a budget in between, is paid for once."""
+    steps: dict[str, Any] = {
+        "label": True,
+        "score": True,
+        "repair": True,
+        "compress": True,
+        "n": 8,
+        "jailbreaks": 0,
+        "wrapped_benign": 0,
+    }
+    with Server(answer=model_answer) as server:
+        steps["guard"] = f"llama_guard_3=guard@{server.url}"
+        given = at(server, tmp_path)
+        plain = synthesize.run(config(data, n=8, **given), tmp_path / "plain")
+        before = server.delivered.total()
+        small = at(server, tmp_path, max_requests=150)
+        with pytest.raises(ValueError, match=r"server\.max_requests=150"):
+            synthesize.run(config(data, **small, **steps), tmp_path / "out")
+        assert server.delivered.total() > before
+        made = synthesize.run(config(data, **given, **steps), tmp_path / "out")
+        assert set(server.delivered.values()) == {1}
+        again = synthesize.run(config(data, **given, **steps), tmp_path / "again")
+        assert set(server.delivered.values()) == {1}
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    assert records.comparable(again) == records.comparable(made)
+    prompts, traces, rows_made = read(tmp_path / "out")
+    # Two borderline prompts have no category; both get one, one other than its kind says.
+    labels = made["report"]["labels"]
+    assert labels["asked"] == 2 and labels["agreed"] + labels["doubtful"] == 2
+    process = next(one for one in prompts if "process" in one.text)
+    assert process.categories == ("P0",) and process.label_conf == 0.5
+    assert process.meta["labels"][0] == {"categories": ["P0"], "kind": "benign"}
+    # The guard's verdicts and the scores stand in the rows, and drop what they object to.
+    assert all(row.judgments["quality"] == [9, 9, 9] for row in rows_made)
+    assert all(row.judgments["reasoning_risk"] == 0 for row in rows_made)
+    dropped = made["drop_reasons"]
+    assert dropped["reasoning_safety"] > 0 and dropped["quality"] > 0
+    assert "reasoning_safety" not in plain["drop_reasons"]
+    # What was mended goes on from the first unsafe step, and passed all filters itself.
+    mended = [trace for trace in traces if trace.meta.get("edit") == "repair"]
+    assert made["report"]["repair"]["accepted"] == len(mended) > 0
+    for trace in mended:
+        assert trace.origin == "repair" and "Take 3 looks" in trace.steps[0].text
+        assert any(step.text.startswith("Rather") for step in trace.steps)
+    short = [trace for trace in traces if trace.meta.get("edit") == "compress"]
+    assert made["report"]["compress"]["accepted"] == len(short) > 0
+    by_id = {trace.id: trace for trace in traces}
+    for trace in short:
+        whole = by_id[trace.meta["of"]]
+        assert (trace.n_tok.reason or 0) < (whole.n_tok.reason or 0)
+        assert trace.parsed.answer == whole.parsed.answer
+    said = synthesize.summary(made, tmp_path)
+    assert "labels            2 asked" in said and "compress          " in said
 
 
 def test_what_the_server_withholds_is_told_and_replaced(data: Path, tmp_path: Path):
@@ -530,6 +625,15 @@ def test_the_command_on_the_packaged_prompts(tmp_path: Path, capsys, monkeypatch
             "--synthesize.teacher=api: synthesize.teacher=api needs synthesize.teacher_url",
         ),
         (
+            ["--out=x", "--synthesize.guard=harmbench=x"],
+            "--synthesize.guard=harmbench=x: expected NAME=MODEL or NAME=MODEL@URL, NAME one of ",
+        ),
+        (
+            ["--out=x", "--synthesize.score=true"],
+            "--synthesize.score=true: synthesize.score=true has no meaning with "
+            "synthesize.teacher=template",
+        ),
+        (
             ["--out=x", "--synthesize.steer=Careful."],
             "--synthesize.steer=Careful.: synthesize.steer=Careful. has no meaning with "
             "synthesize.teacher=template",
@@ -559,6 +663,11 @@ def changes(data: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
     own = {"teacher": "self"}  # behind the server of the test
     return {
         "teacher": ("self", {}),
+        "label": (True, own),
+        "guard": ("llama_guard_3=guard@SERVER", own),
+        "score": (True, own),
+        "repair": (True, own | {"guard": "llama_guard_3=guard@SERVER"}),
+        "compress": (True, own),
         "teacher_model": ("other", own),
         "steer": ("Take care.", own),
         "min_flip_rate": (0.9, own),
@@ -638,6 +747,8 @@ def test_a_setting_changes_something(name: str, data, baselines, tmp_path: Path,
         with Server(answer=model_answer) as server:
             own = "teacher" in given
             given = at(server, out, given.get("teacher", "")) | given if own else given
+            if "guard" in given:
+                given["guard"] = given["guard"].replace("SERVER", server.url)
             try:
                 synthesize.run(config(data, **given), out, teacher=None if own else Half)
             except ValueError as error:

@@ -154,8 +154,13 @@ def _check_teacher(synthesize: SynthesizeConfig) -> None:
             raise ValueError(f"synthesize.teacher={teacher} needs synthesize.{key}")
     if teacher == "self" and synthesize.teacher_url and not synthesize.teacher_model:
         raise ValueError("synthesize.teacher_url needs synthesize.teacher_model")
+    if synthesize.repair and synthesize.guard is None:
+        raise ValueError("synthesize.repair=true needs synthesize.guard")
     unread = {
-        "template": ("teacher_model", "teacher_url", "steer", "min_flip_rate", "flip_prompts"),
+        "template": (
+            *("teacher_model", "teacher_url", "steer", "min_flip_rate", "flip_prompts"),
+            *("label", "score", "repair", "compress"),
+        ),
         "api": ("min_flip_rate", "flip_prompts"),
         "local": ("teacher_url", "min_flip_rate", "flip_prompts"),
     }
@@ -163,7 +168,8 @@ def _check_teacher(synthesize: SynthesizeConfig) -> None:
         value = getattr(synthesize, key)
         if value != default[key].default:
             raise ValueError(
-                f"synthesize.{key}={value} has no meaning with synthesize.teacher={teacher}"
+                f"synthesize.{key}={as_typed(value)} has no meaning with "
+                f"synthesize.teacher={teacher}"
             )
 
 

@@ -32,23 +32,33 @@ class Flag:
 
 
 def parse_command_line(
-    prog: str, doc: str, argv: Sequence[str], flags: Sequence[Flag], tree: bool = True
+    prog: str,
+    doc: str,
+    argv: Sequence[str],
+    flags: Sequence[Flag],
+    tree: bool = True,
+    places: str = "",
 ) -> Namespace:
     """Parse a stage's flags; what is left must be overrides of the tree, kept as `.overrides`.
 
-    `--a=b` and `--a b` are the same. `tree=False` is for a stage that reads no Config. `--help`
-    prints `doc`, the flags and all fields, and exits. Raises a one-line ValueError that names the
-    flag; values of overrides are checked by `load`.
+    `--a=b` and `--a b` are the same. `tree=False` is for a stage that reads no Config. `places` is
+    the name of the arguments without dashes, where a stage takes such; they are kept as `.places`.
+    `--help` prints `doc`, the flags and all fields, and exits. Raises a one-line ValueError that
+    names the flag; values of overrides are checked by `load`.
     """
     known = {flag.name: flag for flag in flags}
     values: dict[str, Any] = {}
     overrides: list[str] = []
     rest = list(argv)
+    named: list[str] = []
     while rest:
         token = rest.pop(0)
         if token in ("-h", "--help"):
-            print(_stage_help(prog, doc, flags, tree))
+            print(_stage_help(f"{prog} {places}..." if places else prog, doc, flags, tree))
             raise SystemExit(0)
+        if places and not token.startswith("-"):
+            named.append(token)
+            continue
         if not token.startswith("--") or token == "--":
             raise ValueError(f"unexpected argument {token!r}; options are given as --name=value")
         name, equals, text = token[2:].partition("=")
@@ -78,7 +88,7 @@ def parse_command_line(
         if flag.required and flag.key not in values:
             raise ValueError(f"--{flag.name}: required: {flag.help}")
         values.setdefault(flag.key, False if flag.switch else () if flag.many else flag.default)
-    return Namespace(**values, overrides=overrides)
+    return Namespace(**values, overrides=overrides, places=named)
 
 
 def help_text() -> str:

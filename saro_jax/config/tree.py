@@ -423,6 +423,28 @@ class SynthesizeConfig(Section):
         description="harmful prompts and jailbreaks at most on which that share is measured, held "
         "out ones first",
     )
+    label: bool = Field(
+        default=False,
+        description="the teacher labels prompts that have no category and are not benign (T5)",
+    )
+    guard: str | None = Field(
+        default=None,
+        description="guard that judges answers and reasoning: NAME=MODEL or NAME=MODEL@URL, as "
+        "judge has them; null = none does",
+    )
+    score: bool = Field(
+        default=False, description="the teacher scores answers, which need 8 of 10 each time (T6)"
+    )
+    repair: bool = Field(
+        default=False,
+        description="the teacher goes on from the first unsafe step of reasoning that the guard "
+        "drops (T3)",
+    )
+    compress: bool = Field(
+        default=False,
+        description="the teacher shortens the reasoning of each prompt's best answer, which then "
+        "competes (T8)",
+    )
     render: Literal["relevant", "whole"] = Field(
         default="relevant",
         description="what of the policy the teacher is told: rules of the prompt's categories, or "
@@ -474,6 +496,69 @@ class SynthesizeConfig(Section):
         ge=0,
         description="reasoning tokens at least, for harmful prompts and jailbreaks, with "
         "synthesize.srs=shortest_q",
+    )
+
+
+class SampleConfig(Section):
+    """Answers of the model to prompts; only sample reads it."""
+
+    prompts: str | list[str] = Field(
+        default="quickstart:held_out",
+        description="prompts: file, folder or Hub id of rows, or prompts.jsonl of a stage, or "
+        "several of them; KIND=SOURCE (harmful, jailbreak, benign, borderline) where the rows have "
+        "no column kind",
+    )
+    columns: str | list[str] | None = Field(
+        default=None,
+        description="FIELD=COLUMN, or several of them, where a source's columns are not found by "
+        "their names: prompt, kind, categories, answer, base_id, id, license, lang",
+    )
+    split: str = Field(
+        default="train",
+        description="split that is read from a Hub id, and of prompts.jsonl; of that, all = any",
+    )
+    policy: str = Field(
+        default="saro",
+        description="the safety policy that the rows' categories are of: a YAML file, or a "
+        "packaged one's name",
+    )
+    limit: int | None = Field(
+        default=None, ge=1, description="prompts at most, the first ones; null = all"
+    )
+    n: int = Field(default=8, ge=1, description="answers to each prompt")
+    temperature: float = Field(default=1.0, ge=0, description="0 = greedy")
+    top_p: float = Field(
+        default=0.95, gt=0, le=1, description="probability mass (0 to 1) that is sampled from"
+    )
+    top_k: int = Field(default=0, ge=0, description="tokens that are sampled from; 0 = all")
+    min_p: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="probability of a token at least, as a share of the most probable one's",
+    )
+    max_new_tokens: int = Field(
+        default=1024, ge=1, description="tokens of reasoning and answer together at most"
+    )
+    think_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens after which an unfinished thought is closed (budget forcing), as is "
+        "one in which the turn ends; null = never",
+    )
+    stop: str | list[str] | None = Field(
+        default=None, description="texts that end an answer, which is cut before them"
+    )
+    system: str | None = Field(default=None, description="system turn before each prompt")
+    prefix: str | None = Field(
+        default=None, description="text that every answer begins with, such as an opened thought"
+    )
+    slots: int = Field(
+        default=16, ge=1, description="answers under way at a time, over all devices of a host"
+    )
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None,
+        description="what is computed in; null = float32 on a CPU, elsewhere bfloat16",
     )
 
 
@@ -576,8 +661,8 @@ class PairsConfig(Section):
     )
     guard: str | None = Field(
         default=None,
-        description="GUARD=MODEL that judges safety (llama_guard_2, llama_guard_3, shieldgemma, "
-        "wildguard); null = answers to harmful prompts count as unsafe where they do not refuse",
+        description="NAME=MODEL or NAME=MODEL@URL that judges safety, as judge --judges takes it; "
+        "null = answers to harmful prompts count as unsafe where they do not refuse",
     )
     audit: str | None = Field(
         default=None,
@@ -689,6 +774,31 @@ class PairsConfig(Section):
         default=0.95, gt=0, le=1, description="probability mass (0 to 1) they are sampled from"
     )
     max_new_tokens: int = Field(default=512, ge=1, description="tokens of a continuation at most")
+    slots: int = Field(default=16, ge=1, description="continuations under way at a time")
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None,
+        description="what continuations are computed in; null = float32 on a CPU, elsewhere "
+        "bfloat16",
+    )
+
+
+class PipelineConfig(Section):
+    """What the pipeline runs; only pipeline reads it."""
+
+    synthesize: bool = Field(
+        default=True, description="make RIT-D and warm up on it; false = on data.train as it is"
+    )
+    rounds: int = Field(
+        default=1,
+        ge=0,
+        description="times that rollouts are drawn and judged, pairs made of them and SRPO run, "
+        "each from the model of the round before; 0 = SRPO once, on data.train as it is",
+    )
+    judges: str = Field(
+        default="refusal",
+        description="judges of the rollouts, as judge --judges takes them: refusal, GUARD=MODEL, "
+        "RUBRIC=MODEL, separated by commas",
+    )
 
 
 class AnalyseConfig(Section):
@@ -713,9 +823,28 @@ class AnalyseConfig(Section):
         default=200, ge=1, description="of the labels, for the p-value of a discrepancy"
     )
     tsne_seeds: int = Field(default=3, ge=0, description="pictures by t-SNE; 0 = none")
+    pairs: int = Field(
+        default=40, ge=2, description="preference pairs that are scored at most, drawn by the seed"
+    )
     steps: int = Field(
         default=6, ge=0, description="reasoning steps after which the probe reads, the first ones"
     )
+    prompts: int = Field(
+        default=16,
+        ge=0,
+        description="prompts of each test that generates, drawn by the seed; 0 = none generates",
+    )
+    depth: str = Field(
+        default="0:1:2:4:8:16:32",
+        description="tokens of a compliant opening that are prefilled, one test each",
+    )
+    max_new_tokens: int = Field(
+        default=128, ge=1, description="tokens of a generated continuation at most"
+    )
+    tries: int = Field(
+        default=8, ge=1, description="times a continuation is drawn anew to be without markers"
+    )
+    batch_size: int = Field(default=16, ge=1, description="continuations generated at a time")
 
 
 class MeshConfig(Section):
@@ -763,6 +892,10 @@ class Config(Section):
         default_factory=SynthesizeConfig,
         description="RIT-D out of prompts, a policy and a teacher; only synthesize reads it",
     )
+    sample: SampleConfig = Field(
+        default_factory=SampleConfig,
+        description="answers of the model to prompts; only sample reads it",
+    )
     server: ServerConfig = Field(
         default_factory=ServerConfig,
         description="models behind OpenAI-compatible servers; training does not read it",
@@ -773,6 +906,10 @@ class Config(Section):
     )
     analyse: AnalyseConfig = Field(
         default_factory=AnalyseConfig, description="analyses of models; only analyse reads it"
+    )
+    pipeline: PipelineConfig = Field(
+        default_factory=PipelineConfig,
+        description="which stages the pipeline runs; only pipeline reads it",
     )
     mesh: MeshConfig = Field(default_factory=MeshConfig, description="how the devices are laid out")
     seed: int = Field(

@@ -121,6 +121,14 @@ class Api:
                     return
                 future = done.get()
                 yield running.pop(future), future.result()
+        except KeyboardInterrupt:
+            if running:
+                print(
+                    f"{self.url}: waits for {len(running)} requests that are under way, and paid "
+                    "for; Ctrl-C again drops them",
+                    file=sys.stderr,
+                )
+            raise
         finally:  # after an error, an interrupt, or where nobody wants the rest
             stop.set()
             while running:
@@ -163,9 +171,8 @@ class Api:
         return self._loop
 
     async def _all(self, request: Request, top_logprobs: int, stop: threading.Event) -> list[Reply]:
-        extra = dict(self.extra)
-        if top_logprobs:
-            extra |= {"logprobs": True, "top_logprobs": top_logprobs}
+        extra = {"logprobs": True, "top_logprobs": top_logprobs} if top_logprobs else {}
+        extra |= self.extra
         sent = [wire.body(self.name, request, i, extra) for i in range(request.n)]
         keys = [sha256(to_json([self.settings.version, i, one])) for i, one in enumerate(sent)]
         work = [self._reply(key, one, stop) for key, one in zip(keys, sent, strict=True)]

@@ -140,6 +140,9 @@ class Engine:
         params = cast_matrices(params, dtype)
         self.weights = Weights(params, decoder.unstack_layers(params) if unroll else params)
         self.tokens = 0
+        # Over arrays of fewer entries XLA's CPU backend sums in another order, which would show how
+        # long the neighbours are in the last bit of a log-prob.
+        self._least = cache_slots(-(-4096 // (self.slots * arch.num_heads))) if cpu else 0
         self._size = 0
         self._cache: Any = None
 
@@ -264,7 +267,7 @@ class Engine:
             for i, one in enumerate(occupants)
             if one is not None
         )
-        size = cache_slots(need)
+        size = max(cache_slots(need), self._least)
         self._grow(size)
         if 2 * size <= self._size:
             self._size = size

@@ -59,7 +59,8 @@ class Local:
         self.engine = Engine(
             arch, params, slots=slots, stop_ids=stops, dtype=dtype, unroll=unroll, mesh=mesh
         )
-        self._prefill = chat.generation_prefill(tokenizer)
+        self.prefill = chat.generation_prefill(tokenizer)  # what the template begins a turn with
+        self.tokenizer_sha = tokenizer_sha(tokenizer)
         self._closing = tuple(tokenizer.encode(CLOSING, add_special_tokens=False))
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
@@ -95,6 +96,10 @@ class Local:
             raise ValueError(f"{request.id}: {error}") from None
         return job
 
+    def count(self, text: str) -> int:
+        """Tokens of a text."""
+        return len(self.tokenizer.encode(text, add_special_tokens=False))
+
     def text(self, ids: Any) -> str:
         """The text of ids, control tokens too."""
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -103,7 +108,7 @@ class Local:
         """What ends a sample, or its thought, before the model does; None where nothing can."""
         if not sampler.stop and sampler.think_tokens is None:
             return None
-        opening = _Opening(prefix, not prefix and "<think>" in self._prefill)
+        opening = _Opening(prefix, not prefix and "<think>" in self.prefill)
 
         def review(ids: np.ndarray, finish: Finish | None, forced: bool) -> Cut | Force | None:
             end = len(ids) - (finish == "stop")

@@ -129,6 +129,8 @@ class Asking:
     ):
         self.teacher, self.policy, self.settings = teacher, policy, settings
         self.seed, self.out, self.progress = seed, out, progress
+        self.too_long: dict[str, str] = {}  # by request: why a teacher run here can not be asked
+        self.costs: dict[str, float] = {}  # by request, those of earlier runs too
         self.sampler = Sampler(
             temperature=settings.temperature,
             top_p=settings.top_p,
@@ -250,8 +252,8 @@ class Asking:
         self, requests: Sequence[Request], journal: Journal, doing: str
     ) -> dict[str, list[Reply]]:
         """{text, finish, cost} of each request, from the journal where it is there."""
-        todo = [one for one in requests if one.id not in journal.values]
-        failures: Mapping[str, str] = getattr(self.teacher, "failures", {})
+        requests = list({one.id: one for one in requests}.values())
+        todo = self._fitting([one for one in requests if one.id not in journal.values])
         bar = tqdm(
             total=len(requests),
             initial=len(requests) - len(todo),
@@ -259,7 +261,8 @@ class Asking:
             desc=doing,
             disable=not self.progress,
         )
-        partial: dict[str, list[Reply]] = {}
+        partial: dict[str, list[Reply]] = {name: [] for name in self.too_long}
+        failures: Mapping[str, str] = getattr(self.teacher, "failures", {})
         with bar:
             for request, samples in self.teacher.generate(todo):
                 bar.update(1)
@@ -268,17 +271,34 @@ class Asking:
                     partial[request.id] = made
                 else:
                     journal.append(request.id, made)
-        if todo and len(partial) == len(requests) and not any(partial.values()):
-            raise ValueError(f"{self.teacher.name}: no request succeeded: {_first(failures)}")
-        return partial | {
-            one.id: journal.values[one.id] for one in requests if one.id in journal.values
-        }
+        why = {**failures, **self.too_long}
+        if requests and all(one.id in why for one in requests) and not any(partial.values()):
+            raise ValueError(f"{self.teacher.name}: no request succeeded: {why[requests[0].id]}")
+        known = journal.values
+        found = partial | {one.id: known[one.id] for one in requests if one.id in known}
+        self.costs |= {name: sum(one["cost"] for one in made) for name, made in found.items()}
+        return found
 
     def why_none(self, prompt: Prompt) -> str:
         """Why a prompt has no reply."""
         name = records.content_id(prompt.model_dump(mode="json"))
         failures: Mapping[str, str] = getattr(self.teacher, "failures", {})
-        return failures.get(f"{name}:0", "the teacher had none")
+        why = {**failures, **self.too_long}
+        return why.get(f"{name}:0", "the teacher had none")
+
+    def _fitting(self, requests: Sequence[Request]) -> list[Request]:
+        """Those that a teacher run here has room for; the others go to `too_long` with why."""
+        check = getattr(self.teacher, "job", None)
+        if check is None:
+            return list(requests)
+        fitting = []
+        for request in requests:
+            try:
+                check(request)
+                fitting.append(request)
+            except ValueError as error:
+                self.too_long[request.id] = str(error).removeprefix(f"{request.id}: ")
+        return fitting
 
     def _request(self, name: str, prompt: Prompt, attempt: int, n: int) -> Request:
         return Request(
@@ -290,10 +310,6 @@ class Asking:
 
     def _seed(self, prompt: Prompt, attempt: int | str) -> int:
         return int(records.sha256(f"{self.seed}:{prompt.id}:{attempt}")[:8], 16)
-
-
-def _first(failures: Mapping[str, str]) -> str:
-    return next(iter(failures.values()))
 
 
 def refused(prompt: Prompt, replies: Sequence[Mapping[str, Any]]) -> bool:

@@ -63,6 +63,15 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """A guard on one response: its verdict, P(unsafe) against safe (None: not asked), its text."""
+
+    verdict: Verdict
+    p_unsafe: float | None
+    raw: str
+
+
+@dataclass(frozen=True)
 class Guard:
     """How to ask one kind of guard model, and how to read it.
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from saro_jax.generation import engine
 from saro_jax.judging import guards
-from saro_jax.judging.guards import Guard, Verdict
+from saro_jax.judging.guards import Answer, Guard, Verdict
 from saro_jax.judging.rubrics import Complete
 from saro_jax.models import decoder, hub, huggingface
 from saro_jax.models.architecture import Architecture
@@ -33,15 +33,6 @@ class Checkpoint:
     tokenizer: Any
     dtype: Any
     version: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A guard on one response: its verdict, P(unsafe) against safe (None: not asked), its text."""
-
-    verdict: Verdict
-    p_unsafe: float | None
-    raw: str
 
 
 def load(model: str, dtype: str | None = None) -> Checkpoint:

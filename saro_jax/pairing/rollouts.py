@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saro_jax.generation.requests import Generator, Request, Sample
+from saro_jax.judging.judges import Judge
 from saro_jax.pairing import judges
 from saro_jax.pairing.continuations import CountTokens, of_sample
 from saro_jax.pairing.outcomes import Limits, Outcome, outcome
@@ -47,7 +48,7 @@ class Rollouts:
     seed: int
     limits: Limits
     bases: Mapping[str, str]  # the text of the bare request by prompt id, where it differs
-    guard: judges.Guard | None = None
+    guard: Judge | None = None
     count: CountTokens = lambda text: len(text.split())
     tell: Callable[[int], None] = lambda _: None
 

@@ -1,0 +1,373 @@
+"""Rollouts: `python -m saro_jax.sample [--config=RECIPE] --out=DIR [--sample.KEY=VALUE ...]`.
+
+Answers prompts with the model of the recipe (model.path: a model folder, an adapter folder, a .gguf
+file, a Hub id, 'quickstart'), sample.n times each. OUT gets
+
+traces.jsonl   the answers, taken apart; meta has the sampled token ids and their log-probs
+prompts.jsonl  the prompts they are of
+rejects/       rows that are no prompts, and prompts that the model has no room for
+manifest.json  inputs, hashes, counts, what came of each kind: how it was made
+
+Prompts are rows as `synthesize` takes them, or its prompts.jsonl. The same command goes on where an
+earlier one was stopped; the same inputs, seed, model and sample.slots give the same files. On
+several hosts each has the model on its own devices, cut by mesh.*, and answers its part.
+"""
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from saro_jax import config as configuration
+from saro_jax import records
+from saro_jax.config import Config, Flag, SampleConfig
+from saro_jax.data import prompts as pool
+from saro_jax.generation import local
+from saro_jax.generation.requests import Generator, Request
+from saro_jax.parallel import distributed
+from saro_jax.parallel.mesh import make_mesh
+from saro_jax.records import (
+    Input,
+    Journal,
+    Parsed,
+    Prompt,
+    Reject,
+    Sampler,
+    Stage,
+    TokenCounts,
+    Trace,
+    TraceStep,
+)
+from saro_jax.text import policy as policies
+from saro_jax.text import reasoning
+
+UNREAD = ("slots", "dtype")  # settings of speed; dtype is in the model's hash
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    flags = [
+        Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart"),
+        Flag("out", "output folder", parse=Path, required=True),
+        *distributed.FLAGS,
+    ]
+    try:
+        args = configuration.parse_command_line(
+            "python -m saro_jax.sample",
+            __doc__ or "",
+            sys.argv[1:] if argv is None else argv,
+            flags,
+        )
+        distributed.start(args)
+        # The tree needs training rows, which this stage has not.
+        rows = f"--data.train={args.out / 'traces.jsonl'}"
+        config = configuration.load(args.config, [*args.overrides, rows], "rw")
+        manifest = run(config, args.out, progress=sys.stderr.isatty())
+    except ValueError as error:
+        return distributed.refuse(error)
+    except distributed.Stopped as stop:
+        return 128 + stop.number
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 130
+    print(summary(manifest, args.out))
+    return 0
+
+
+def run(
+    config: Config,
+    out: Path,
+    *,
+    generator: Callable[[], Generator] | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Sample in `out` and return the manifest; nothing is done where it is there already.
+
+    `generator` opens the model; None = that of the config. ValueError, in one line, for wrong
+    inputs.
+    """
+    settings = config.sample
+    prompts, rejects, inputs = read(settings)
+    model = generator() if generator else opened(config)
+    stage = Stage(
+        "sample",
+        settings.model_dump(mode="json", exclude=set(UNREAD)),
+        inputs,
+        config.seed,
+        prompts[0].policy_version if prompts else "",
+        model.name,
+        model.sha,
+    )
+    before = records.finished(stage, out)
+    if before is not None:
+        return before
+    distributed.check_stop()
+    distributed.same("the prompts", records.sha256(records.to_json([one.id for one in prompts])))
+    asked = {one.id: request(one, settings, config.seed) for one in prompts}
+    refused = _refused(model, asked)
+    rejects += [Reject(name, reason) for name, reason in refused.items()]
+    wanted = [one.id for one in prompts if one.id not in refused]
+    started = time.time()
+    replies, tokens = _ask(model, [asked[name] for name in wanted], stage, out, progress)
+    stage.run |= {"new_tokens": tokens, "tokens_per_s": round(tokens / (time.time() - started), 1)}
+    count = getattr(model, "count", lambda text: None)
+    traces = [
+        trace(one, asked[one.id], i, reply, model, count)
+        for one in prompts
+        for i, reply in enumerate(replies.get(one.id, []))
+    ]
+    if not distributed.writes():
+        return {"n_out": len(traces)}
+    kept = [one for one in prompts if one.id in replies]
+    return records.finish(
+        stage,
+        out,
+        {"traces.jsonl": traces, "prompts.jsonl": kept},
+        {"prompts.jsonl": rejects},
+        n_in=sum(one.rows for one in inputs),
+        n_out=len(traces),
+        report=report(kept, traces),
+    )
+
+
+def opened(config: Config) -> local.Local:
+    """The model of the config, on the devices of this process."""
+    devices = jax.local_devices()
+    mesh = make_mesh(**dict(config.mesh), devices=devices)
+    return local.load(
+        config.model.path,
+        revision=config.model.revision,
+        chat_template=config.model.chat_template,
+        dtype=config.sample.dtype,
+        slots=config.sample.slots,
+        mesh=mesh if len(devices) > 1 else None,
+    )
+
+
+def read(settings: SampleConfig) -> tuple[list[Prompt], list[Reject], list[Input]]:
+    """The prompts of sample.prompts, rows that are none, and what was read."""
+    names = configuration.names(settings.prompts)
+    policy = policies.load(settings.policy)
+    columns = pool.column_map(configuration.names(settings.columns), "--sample.columns")
+    found: dict[str, Prompt] = {}
+    rejects: list[Reject] = []
+    inputs: list[Input] = []
+    for source in pool.sources(names, "--sample.prompts"):
+        path = Path(source.name).expanduser()
+        if source.kind is None and path.is_file() and _are_prompts(path):
+            mine, dropped = [], []
+            for one in records.read(path, Prompt):
+                if settings.split in (one.split, "all"):
+                    mine.append(one)
+                else:
+                    reason = f"split: {one.split}, not sample.split={settings.split}"
+                    dropped.append(Reject(one.id, reason))
+            about = [Input.of_file(path)]
+        else:
+            mine, dropped, about = pool.read([source], columns, policy, settings.split)
+        for one in mine:
+            if one.id in found:
+                dropped.append(Reject(one.id, f"duplicate prompt: of {found[one.id].source}"))
+            else:
+                found[one.id] = one
+        rejects += dropped
+        inputs += about
+    if not found:
+        raise ValueError(f"--sample.prompts={','.join(names)}: no prompts")
+    prompts = list(found.values())
+    if settings.limit is not None:
+        rejects += [Reject(one.id, "limit: past sample.limit") for one in prompts[settings.limit :]]
+        prompts = prompts[: settings.limit]
+    return prompts, rejects, inputs
+
+
+def _are_prompts(path: Path) -> bool:
+    """Whether the first row of a shard is a `records.Prompt`."""
+    if ".jsonl" not in path.name:
+        return False
+    for _, line in records.read_lines(path):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            return False
+        return isinstance(row, dict) and {"id", "text", "source", "kind", "split"} <= row.keys()
+    return False
+
+
+def request(prompt: Prompt, settings: SampleConfig, seed: int) -> Request:
+    """What the model is asked; the request's seed depends on the stage's and the prompt."""
+    sampler = Sampler(
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
+        seed=int(records.sha256(f"{seed}:{prompt.id}")[:8], 16),
+        max_new_tokens=settings.max_new_tokens,
+        think_tokens=settings.think_tokens,
+        stop=tuple(configuration.names(settings.stop)),
+    )
+    system = ({"role": "system", "content": settings.system},) if settings.system else ()
+    messages = (*system, {"role": "user", "content": prompt.text})
+    return Request(prompt.id, messages, sampler, settings.n, settings.prefix or "")
+
+
+def _refused(model: Generator, asked: Mapping[str, Request]) -> dict[str, str]:
+    """Why requests cannot be asked, by id; of a generator that can tell beforehand."""
+    check = getattr(model, "job", lambda one: None)
+    found: dict[str, str] = {}
+    for name, one in asked.items():
+        try:
+            check(one)
+        except ValueError as error:
+            found[name] = f"can not be asked: {str(error).removeprefix(f'{name}: ')}"
+    return found
+
+
+def _ask(
+    model: Generator, asked: Sequence[Request], stage: Stage, out: Path, progress: bool
+) -> tuple[dict[str, list[dict[str, Any]]], int]:
+    """The replies to all requests, those of earlier runs from the journal; tokens that are new."""
+    mine = asked[distributed.index() :: distributed.count()]
+    key = stage.key() | {"processes": distributed.count()}
+    ending = f"-{distributed.index()}" if distributed.several() else ""
+    name = f"samples-{records.sha256(records.to_json(key))[:12]}{ending}.jsonl"
+    tokens = 0
+    bar = tqdm(
+        total=len(mine),
+        unit="prompt",
+        desc="sample",
+        disable=not (progress and distributed.writes()),
+    )
+    with bar, Journal(out / "journal" / name, key) as journal, distributed.unguarded():
+        todo = [one for one in mine if one.id not in journal.values]
+        bar.update(len(mine) - len(todo))
+        started = time.time()
+        for one, samples in model.generate(_longest_first(model, todo)):
+            journal.append(one.id, [_reply(sample) for sample in samples])
+            tokens += sum(sample.tokens or 0 for sample in samples)
+            bar.set_postfix_str(f"{tokens / (time.time() - started):.0f} tokens/s")
+            bar.update(1)
+        found = {one.id: journal.values[one.id] for one in mine}
+    if distributed.several():
+        texts = distributed.gather("samples", json.dumps([found, tokens]))
+        parts = [json.loads(text) for text in texts]
+        found = {name: replies for part, _ in parts for name, replies in part.items()}
+        tokens = sum(number for _, number in parts)
+    return found, tokens
+
+
+def _longest_first(model: Generator, requests: list[Request]) -> Iterator[Request]:
+    """Requests by the length of their prompt: memory runs out at once or never."""
+    yield from sorted(requests, key=lambda one: -sum(len(m["content"]) for m in one.messages))
+
+
+def _reply(sample: Any) -> dict[str, Any]:
+    """What the journal keeps of a sample, without what is at its default."""
+    value = {
+        "text": sample.text,
+        "finish": sample.finish,
+        "prompt_tokens": sample.prompt_tokens,
+        "tokens": sample.tokens,
+        "ids": sample.ids,
+        "logprobs": sample.logprobs,
+    }
+    return value | ({"forced": True} if sample.forced else {})
+
+
+def trace(
+    prompt: Prompt,
+    asked: Request,
+    i: int,
+    reply: Mapping[str, Any],
+    model: Generator,
+    count: Callable[[str], int | None],
+) -> Trace:
+    """The record of one sample; `raw` begins with what the template or the request wrote."""
+    prefill = "" if asked.prefix else getattr(model, "prefill", "")
+    raw = (asked.prefix or prefill) + reply["text"]
+    parsed = reasoning.parse(
+        asked.prefix + reply["text"],
+        finished=reply["finish"] != "length",
+        prefilled_open="<think>" in prefill,
+    )
+    decided = reasoning.decision(parsed.reasoning)
+    answer = count(parsed.answer)
+    if answer is not None and reply["tokens"] is not None:
+        answer = min(answer, reply["tokens"])  # tokenised again, a part can come out longer
+    thought = None if answer is None or reply["tokens"] is None else reply["tokens"] - answer
+    meta = {"i": i, "ids": reply["ids"], "logprobs": reply["logprobs"]}
+    if asked.prefix:
+        meta["prefix"] = asked.prefix
+    return Trace(
+        id=records.content_id(prompt.id, model.name, model.sha, asked.sampler.seed, i, raw),
+        parent_ids=(prompt.id,),
+        meta={k: v for k, v in meta.items() if v is not None}
+        | ({"forced": True} if reply.get("forced") else {}),
+        prompt_id=prompt.id,
+        model=model.name,
+        sampler=asked.sampler,
+        raw=raw,
+        parsed=Parsed(**vars(parsed)),
+        steps=tuple(
+            TraceStep(i=at, start_char=s.start, end_char=s.end, text=s.text, kind=s.kind)
+            for at, s in enumerate(reasoning.segment(parsed.reasoning))
+        ),
+        decision=decided if decided in records.MODES else "none",  # type: ignore[arg-type]
+        n_tok=TokenCounts(prompt=reply["prompt_tokens"], reason=thought, answer=answer),
+        tokenizer_sha=getattr(model, "tokenizer_sha", None),
+        finish=reply["finish"],
+        origin="injected" if asked.prefix else "self",
+    )
+
+
+def report(prompts: Sequence[Prompt], traces: Sequence[Trace]) -> dict[str, Any]:
+    """By kind of prompt: samples, how they parsed and ended, mean tokens, distinct answers."""
+    kinds = {one.id: one.kind for one in prompts}
+    table: dict[str, Any] = {}
+    for kind in records.KINDS:
+        mine = [one for one in traces if kinds[one.prompt_id] == kind]
+        if not mine:
+            continue
+        tokens = [len(one.meta["ids"]) for one in mine if "ids" in one.meta]
+        table[kind] = {
+            "prompts": sum(one.kind == kind for one in prompts),
+            "samples": len(mine),
+            "distinct": len({(one.prompt_id, one.raw) for one in mine}),
+            "mean_tokens": round(sum(tokens) / len(tokens), 1) if tokens else None,
+            "forced": sum("forced" in one.meta for one in mine),
+            "statuses": dict(sorted(Counter(one.parsed.status for one in mine).items())),
+            "finish": dict(sorted(Counter(one.finish for one in mine).items())),
+        }
+    return table
+
+
+def summary(manifest: Mapping[str, Any], out: Path) -> str:
+    """The report as a table, what was dropped, and where the traces are."""
+    lines = [
+        "| kind | prompts | samples | distinct | tokens | cut off | parsed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for kind, one in manifest.get("report", {}).items():
+        statuses = ", ".join(f"{count} {name}" for name, count in one["statuses"].items())
+        tokens = "-" if one["mean_tokens"] is None else f"{one['mean_tokens']:.0f}"
+        lines.append(
+            f"| {kind} | {one['prompts']} | {one['samples']} | {one['distinct']} | {tokens} | "
+            f"{one['finish'].get('length', 0)} | {statuses} |"
+        )
+    dropped = manifest.get("drop_reasons", {})
+    reasons = ", ".join(f"{count} {name}" for name, count in dropped.items())
+    lines += ["", f"dropped    {reasons or 'nothing'}"]
+    if speed := manifest.get("run", {}).get("tokens_per_s"):
+        lines.append(f"new tokens {manifest['run']['new_tokens']}, {speed:.0f} a second")
+    lines.append(f"traces     {manifest['n_out']} in {out / 'traces.jsonl'}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
