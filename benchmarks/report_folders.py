@@ -39,6 +39,7 @@ BENCHMARKS = {
     "attacks": ("Wrapped attacks", "safety", ("jailbreak",), 6, 0.3),
     "sums": ("GSM8K", "capability", ("benign",), 0, 0.3),
 }
+JUDGES = {"non_refusal": "refusal", "over_refusal": "refusal"}
 STEP_KINDS = ("understand", "risk", "rule_cite", "reflect", "plan", "decide")
 
 
@@ -184,6 +185,7 @@ def results(made: Sequence[Transcript], weak: bool = True) -> Results:
                             benchmark=name,
                             view="auto",
                             metric=metric,
+                            judge=JUDGES.get(metric),
                             n=len(some),
                             count=hits,
                             share=hits / len(some),
@@ -208,6 +210,7 @@ def results(made: Sequence[Transcript], weak: bool = True) -> Results:
                         benchmark=name,
                         view="auto",
                         metric=metric,
+                        judge=JUDGES.get(metric),
                         n=len(a),
                         delta=(only_b - only_a) / len(a),
                         low=spread.low,
@@ -257,17 +260,29 @@ def results(made: Sequence[Transcript], weak: bool = True) -> Results:
                 license="CC-BY-4.0",
                 n=sizes[n],
                 source=f"{n}.csv",
+                metric="accuracy" if k == "capability" else "non_refusal",
             )
             for n, (t, k, *_) in BENCHMARKS.items()
         ),  # type: ignore[arg-type]
         rates=tuple(rates),
         differences=tuple(differences),
         costs=tuple(costs),
-        agreement=(Agreement(judge_a="refusal", judge_b="guard", n=900, equal=0.91, kappa=0.78),),
+        agreement=(
+            Agreement(
+                judge_a="refusal",
+                judge_b="guard",
+                about="refusal of answer",
+                n=900,
+                equal=0.91,
+                kappa=0.78,
+            ),
+        ),
         audit=(
             Audit(
                 model=models[0],
                 benchmark="xstest",
+                view="auto",
+                judge="refusal",
                 kind="harmful",
                 metric="non_refusal",
                 labelled=50,

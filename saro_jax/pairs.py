@@ -9,7 +9,7 @@ pairs.jsonl                    what `train --stage=srpo` reads
 step_values.jsonl              how often continuations from a step turned out well
 rm.jsonl, prm.jsonl            the same for outcome and process reward models
 traces.jsonl                   the continuations that pairs were made of
-prompts.jsonl                  prompts with pass rate, difficulty, least reasoning that is enough
+prompts.json                   by prompt id: pass rate, difficulty, least reasoning that is enough
 rejects/                       pairs and traces that were not used, each with its reason
 manifest.json                  inputs, hashes, counts, shares, lengths, noise
 
@@ -20,7 +20,7 @@ the same inputs, seed and model give the same files.
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -176,7 +176,7 @@ def run(
         op, pp = ([_audited(pair, prompts, flips) for pair in pairs] for pairs in (op, pp))
     pairs, unused, shares = assembly.assembled(op, pp, _shares(settings))
     ids = {parent for pair in pairs for parent in pair.parent_ids}
-    labelled = _labelled(prompts.values(), rates, found.labels)
+    labelled = _labelled(rates, found.labels)
     by_trace = {one.trace.id: one for one in outcomes}
     shards: dict[str, Sequence[Record]] = {
         "pairs.jsonl": pairs,
@@ -184,7 +184,6 @@ def run(
         "rm.jsonl": reward_items.rm_items(outcomes, pairs, limits),
         "prm.jsonl": reward_items.prm_items(by_trace, found.values),
         "traces.jsonl": [one for name, one in found.traces.items() if name in ids - set(by_trace)],
-        "prompts.jsonl": labelled,
     }
     invalid = [
         Reject(one.trace.id, "invalid: no judge gave a verdict on the answer")
@@ -211,6 +210,7 @@ def run(
         n_in=len(traces),
         n_out=len(pairs),
         report=report,
+        documents={"prompts.json": labelled},
     )
 
 
@@ -275,8 +275,9 @@ def summary(manifest: Mapping[str, Any], out: Path) -> str:
         limit = manifest["config"]["balance"]
         if abs(one["length_lean"]) > limit + 1e-3 and kind not in assembly.balance.SHORTER:
             lines.append(
-                f"warning           chosen answers of {kind} are {one['length_lean']:+.0%} as long "
-                f"as the mean, allowed {limit:.0%}: srpo.length=mean does not see length"
+                f"warning           {kind}: chosen less rejected tokens are "
+                f"{one['length_lean']:+.0%} of the mean, allowed {limit:.0%}: srpo.length=mean "
+                "does not see length"
             )
     lines.append(f"pairs             {manifest['n_out']} in {out / 'pairs.jsonl'}")
     return "\n".join(lines)
@@ -356,20 +357,14 @@ def _outcomes(
 
 
 def _labelled(
-    prompts: Iterable[Prompt],
-    rates: Mapping[str, tuple[int, int]],
-    labels: Mapping[str, Mapping[str, Any]],
-) -> list[Prompt]:
-    """The prompts with how hard they are, and how much reasoning they need, in `meta`."""
-    found = []
-    for one in prompts:
-        meta: dict[str, Any] = dict(one.meta)
-        if one.id in rates:
-            good, total = rates[one.id]
-            meta |= {"good": good, "rollouts": total, "difficulty": difficulty(good, total)}
-        meta |= labels.get(one.id, {})
-        found.append(one.model_copy(update={"meta": meta}))
-    return found
+    rates: Mapping[str, tuple[int, int]], labels: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """By prompt id: rollouts, good ones, how hard the prompt is, how much reasoning it needs."""
+    return {
+        name: {"good": good, "rollouts": total, "difficulty": difficulty(good, total)}
+        | dict(labels.get(name, {}))
+        for name, (good, total) in rates.items()
+    }
 
 
 def _counted(labels: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:

@@ -30,8 +30,9 @@ import jax
 import jax.numpy as jnp
 
 from saro_jax import config as configuration
-from saro_jax import evaluate, judge, pairs, sample, synthesize, train
+from saro_jax import judge, pairs, sample, synthesize, train
 from saro_jax.config import Config, Flag
+from saro_jax.evaluation import quick
 from saro_jax.models import hub, huggingface
 from saro_jax.parallel import distributed
 from saro_jax.text import chat
@@ -44,8 +45,8 @@ ROWS = (
     ("refuses jailbreaks", "refused", ("jailbreak",)),
     ("answers borderline requests", "complied", ("borderline",)),
     ("answers benign requests", "complied", ("benign",)),
-    ("well-formed reasoning", "well_formed", tuple(evaluate.WANTED)),
-    ("no end within the limit", "incomplete", tuple(evaluate.WANTED)),
+    ("well-formed reasoning", "well_formed", tuple(quick.WANTED)),
+    ("no end within the limit", "incomplete", tuple(quick.WANTED)),
 )
 
 
@@ -96,7 +97,7 @@ def run(recipe: str, overrides: list[str], out: Path, held_out: str, max_new_tok
             "pipeline.synthesize and pipeline.rounds: data is made by one process; run the stages "
             "one by one, or set pipeline.synthesize=false and pipeline.rounds=0"
         )
-    prompts = evaluate.read_prompts(held_out)
+    prompts = quick.read_prompts(held_out)
     base = configs["rw"].model.path or "quickstart"
     measured = {"base": _measure("base", base, prompts, out, max_new_tokens)}
     if steps.synthesize:
@@ -173,7 +174,8 @@ def _rolled(config: Config, ritd: Path | None, folder: Path, number: int) -> Non
     _say(f"JUDGMENTS, round {number}")
     # The whole pool has the requests behind the disguises too.
     pool = (ritd or rollouts) / "prompts.jsonl"
-    judges = judge.open_judges(config.pipeline.judges)
+    server = config.server
+    judges = judge.open_judges(config.pipeline.judges, server=server, option="pipeline.judges")
     rows = judge.read_rows(rollouts / "traces.jsonl", pool)
     judgments = folder / "judgments.jsonl"
     print(judge.summary(judge.judge(rows, judges, ("answer", "reasoning"), judgments)), flush=True)
@@ -199,7 +201,7 @@ def _rolled(config: Config, ritd: Path | None, folder: Path, number: int) -> Non
 
 
 def _measure(
-    name: str, model: str, prompts: list[evaluate.Prompt], out: Path, max_new_tokens: int
+    name: str, model: str, prompts: list[quick.Prompt], out: Path, max_new_tokens: int
 ) -> dict[str, Any]:
     """Summary of one model on the held-out prompts; read back where it was measured before."""
     file = out / "measured" / f"{name}.jsonl"
@@ -215,7 +217,7 @@ def _measure(
     folder = hub.resolve(model)
     arch = huggingface.load_architecture(folder)
     params = huggingface.load_params(folder, arch, jnp.float32)
-    summary, transcripts = evaluate.measure(
+    summary, transcripts = quick.measure(
         arch,
         params,
         chat.load_tokenizer(folder),
@@ -228,8 +230,8 @@ def _measure(
     gc.collect()
     summary |= key
     if distributed.writes():
-        evaluate.write(file, summary, transcripts)
-    print(evaluate.table(summary), flush=True)
+        quick.write(file, summary, transcripts)
+    print(quick.table(summary), flush=True)
     return summary
 
 
@@ -246,7 +248,7 @@ def comparison(measured: dict[str, dict[str, Any]]) -> str:
         cells = []
         for summary in measured.values():
             count = sum(summary["kinds"][kind][outcome]["count"] for kind in kinds)
-            low, high = evaluate.wilson(count, total)
+            low, high = quick.wilson(count, total)
             cells.append(f"{count / total:.0%} [{low:.0%}, {high:.0%}]")
         lines.append(f"| {title} | {total} | {' | '.join(cells)} |")
     total = sum(row["n"] for row in first.values())

@@ -3,6 +3,9 @@
 A stage leaves a folder: shards (JSON lines, `.jsonl` or `.jsonl.zst`), `rejects/` with what was
 dropped and why, and `manifest.json`, which is written last: a folder without one is unfinished.
 Work that costs something goes through a `Journal` first, which survives being killed at any byte.
+
+`python -m saro_jax.records --file=pairs.jsonl --id=ID` prints what a record goes back to: prompts,
+models with their hashes, policy versions, stages.
 """
 
 import contextlib
@@ -12,6 +15,7 @@ import io
 import json
 import os
 import re
+import sys
 import threading
 import time
 import unicodedata
@@ -25,7 +29,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from saro_jax.config import provenance
+from saro_jax.config import Flag, parse_command_line, provenance
 
 Kind = Literal["harmful", "jailbreak", "benign", "borderline"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -840,3 +844,24 @@ def _upstream(origin: Origin) -> list[Path]:
                 places[one] = None
                 todo.append(one)
     return list(places)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: the lineage of one record as JSON; returns the exit code."""
+    flags = [
+        Flag("file", "shard that holds the record", parse=Path, required=True),
+        Flag("id", "the record's id", required=True),
+    ]
+    try:
+        given = sys.argv[1:] if argv is None else argv
+        args = parse_command_line("python -m saro_jax.records", __doc__ or "", given, flags, False)
+        found = lineage(args.id, args.file)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(found, indent=2, ensure_ascii=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -132,7 +132,11 @@ def contents(found: Material, kept: int) -> list[Section]:
             breakdown.costs(results),
             breakdown.categories(results),
             breakdown.judges(results),
-            Section("all", "All metrics", tables=[breakdown.all_metrics(results)]),
+            Section(
+                "all",
+                "All metrics",
+                tables=[breakdown.all_metrics(results), *breakdown.seeds(results)],
+            ),
         ]
     sections.append(training.section(found.training))
     sections += findings.sections(found.analysis, style)
@@ -181,7 +185,7 @@ def sheets(found: Material) -> list[Sheet]:
         training.sheet(found.training),
     ]
     for whole, names in (
-        (found.evaluation, ("rates", "differences", "costs", "agreement", "audit")),
+        (found.evaluation, ("rates", "differences", "costs", "seeds", "agreement", "audit")),
         (
             found.analysis,
             ("overlap", "probes", "likelihood", "depth", "authenticity", "margins"),

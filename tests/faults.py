@@ -10,6 +10,7 @@ that it delivered whole.
 import argparse
 import hashlib
 import json
+import signal
 import socket
 import threading
 import urllib.request
@@ -263,16 +264,15 @@ def main() -> None:
     def plan(sent: dict[str, Any]) -> list[str]:
         return [faults[int(key(sent), 16) % len(faults)]]  # one each, by content
 
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     with Server(plan, forward(args.upstream), args.port) as server:
         print(server.url, flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            twice = sum(n > 1 for n in server.delivered.values())
-            print(
-                f"{server.asked.total()} attempts at {len(server.asked)} requests, "
-                f"{server.delivered.total()} replies delivered, {twice} requests more than once"
-            )
+        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        twice = sum(n > 1 for n in server.delivered.values())
+        print(
+            f"{server.asked.total()} attempts at {len(server.asked)} requests, "
+            f"{server.delivered.total()} replies delivered, {twice} requests more than once"
+        )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding
 
 from saro_jax.config import Config
 from saro_jax.data.packing import Shape, pack
+from saro_jax.generation import engine, sampling
 from saro_jax.models.architecture import Architecture, from_hf
 from saro_jax.parallel import mesh as meshes
 from saro_jax.parallel import sharding
@@ -179,6 +180,36 @@ def misplaced(family: str, mesh: str, loss: str) -> list[str]:
     if needs > whole / cut * 4 / 3:
         wrong.append(f"{needs} bytes of temporaries, {whole} on a single device")
     return wrong
+
+
+def sampled(family: str, mesh: str) -> list[Any]:
+    """[whether the tokens are those of one device, largest difference of log-probs, what is whole].
+
+    Whole is what of the cache every device of the rows' axes would hold.
+    """
+    arch = architecture(family)
+    params = tiny.params(0, arch)
+    rng = np.random.default_rng(0)
+    jobs = [
+        engine.Job(
+            rng.integers(3, arch.vocab_size, n).astype(np.int32),
+            20 - i,
+            sampling.Sampling(float(i % 2), 0.9, 50 * (i % 3)),
+            seed=i,
+            numbers=range(1 + i % 3),
+        )
+        for i, n in enumerate((5, 70, 1, 33, 12, 64, 9))
+    ]
+    many = meshes.make_mesh(**MESHES[mesh])
+    single = engine.Engine(arch, params, slots=8, stop_ids=[2], unroll=False)
+    params = jax.device_put(params, sharding.shardings(many, params))
+    several = engine.Engine(arch, params, slots=8, stop_ids=[2], mesh=many)
+    (want, got) = ({id(job): found for job, found in one.run(jobs)} for one in (single, several))
+    pairs = [p for job in jobs for p in zip(want[id(job)], got[id(job)], strict=True)]
+    same = all(np.array_equal(a.ids, b.ids) for a, b in pairs)
+    worst = max(float(np.abs(a.logps - b.logps).max()) for a, b in pairs) if same else 1.0
+    shard = several._cache.k.sharding.shard_shape(several._cache.k.shape)
+    return [same, worst, shard[1] * meshes.row_shards(many) != several.slots]
 
 
 def run(cases: list[tuple[Any, ...]]) -> list[Any]:

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from saro_jax import analyse, records
-from saro_jax.analysis import results, table
+from saro_jax.analysis import parts, results, table
 from saro_jax.config import AnalyseConfig, Config
 from saro_jax.evaluation.results import Step, Transcript, write_transcripts
 
@@ -80,14 +80,14 @@ def test_the_journal_spares_what_is_done(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     two = {"base": models()["base"], "other": models()["base"]}
-    real = analyse._of_prompts
+    real = parts.of_prompts
 
     def once(config, model, *rest):
         if model.name == "other":
             raise KeyboardInterrupt
         return real(config, model, *rest)
 
-    monkeypatch.setattr(analyse, "_of_prompts", once)
+    monkeypatch.setattr(parts, "of_prompts", once)
     with pytest.raises(KeyboardInterrupt):
         analyse.run(config(), two, tmp_path, prompts=prompts(data))
     assert not (tmp_path / "analysis.json").exists()
@@ -96,7 +96,7 @@ def test_the_journal_spares_what_is_done(
         assert model.name == "other"
         return real(config, model, *rest)
 
-    monkeypatch.setattr(analyse, "_of_prompts", rest)
+    monkeypatch.setattr(parts, "of_prompts", rest)
     analyse.run(config(), two, tmp_path, prompts=prompts(data))
     found = results.read(tmp_path)
     by = {name: [o.c2st for o in found.overlap if o.model == name] for name in two}
@@ -121,6 +121,15 @@ def test_every_setting_changes_the_results(data: Path, tmp_path: Path, name: str
         return {key: value for key, value in found.items() if key != "provenance"}
 
     assert compute("a") != compute("b", **{name: CHANGES[name]})
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"dtype": "bfloat16"}])
+def test_seed_and_dtype_change_the_results(data: Path, tmp_path: Path, change: dict):
+    plain = config(layer_step=2, tsne_seeds=0)
+    changed = config(layer_step=2, tsne_seeds=0, **change)
+    for name, one in (("a", plain), ("b", changed)):
+        analyse.run(one, models(), tmp_path / name, prompts=prompts(data, "harmful", "benign"))
+    assert results.read(tmp_path / "a").overlap != results.read(tmp_path / "b").overlap
 
 
 def test_the_row_length_bounds_the_texts(data: Path, tmp_path: Path):
@@ -241,9 +250,19 @@ def attacked(data: Path, tmp_path_factory: pytest.TempPathFactory):
 def test_attacks_and_tampering_on_the_model(attacked):
     found, *_ = attacked
     assert [(one.k, one.n) for one in found.depth] == [(0, 2), (3, 2)]
-    by = {one.test: one for one in found.authenticity}
-    assert by.keys() <= {"delete", "ban", "swap", "inject"} and {"delete", "inject"} <= by.keys()
-    assert {one.n for one in by.values()} <= {1, 2}
+
+
+def test_tampered_responses_are_compared_or_left_out(attacked, tmp_path: Path):
+    # The tiny model thinks without end, or closes its thought where it is made to.
+    _, settings, given = attacked
+    tests = ("delete", "ban", "swap", "inject")
+    asked = {f"{test}:b.auto:harmful{i}" for test in tests for i in range(5)}
+    manifest = analyse.run(config(**settings), models(), tmp_path / "a", **given)
+    lines = (tmp_path / "a" / "rejects" / "prompts.jsonl").read_text().splitlines()
+    left_out = {one["id"] for one in map(json.loads, lines) if ":" in one["id"]}
+    counted = sum(one.n for one in results.read(tmp_path / "a").authenticity)
+    assert left_out <= asked and len(left_out) + counted == 2 * len(tests)
+    assert manifest["drop_reasons"]["no answer"] == len(left_out)
 
 
 @pytest.mark.parametrize("name", ["prompts", "depth"])
@@ -257,7 +276,7 @@ def test_settings_that_reach_the_generator(attacked, tmp_path: Path, monkeypatch
     _, settings, given = attacked
     told = {}
 
-    class Told(analyse.Local):
+    class Told(parts.Local):
         def __init__(self, *arguments, slots: int, **options):
             told["batch_size"] = slots
             super().__init__(*arguments, slots=slots, **options)
@@ -267,14 +286,14 @@ def test_settings_that_reach_the_generator(attacked, tmp_path: Path, monkeypatch
             told["max_new_tokens"] = asked[0].sampler.max_new_tokens
             return super().generate(asked)
 
-    real = analyse.reflections.continued
+    real = parts.reflections.continued
 
     def continued(*arguments, tries: int, **options):
         told["tries"] = tries
         return real(*arguments, tries=tries, **options)
 
-    monkeypatch.setattr(analyse, "Local", Told)
-    monkeypatch.setattr(analyse.reflections, "continued", continued)
+    monkeypatch.setattr(parts, "Local", Told)
+    monkeypatch.setattr(parts.reflections, "continued", continued)
     changes = {name: GENERATES[name] for name in ("max_new_tokens", "tries", "batch_size")}
     analyse.run(config(**settings | changes), models(), tmp_path, **given)
     assert told == changes
@@ -295,6 +314,7 @@ def test_a_depth_that_is_none_is_refused(data: Path, tmp_path: Path):
         (["--model=base=x"], "--model=base=x: the name 'base' is given twice"),
         (["--transcripts=HERE"], "none of the models base; there are none"),
         (["--run=a=HERE"], "metrics.jsonl: cannot be read"),
+        (["--prompts=HERE/benign.jsonl"], "benign.jsonl: no kind: got None, expected harmful or"),
         (["--prompts=harm=HERE/harmful.jsonl"], "expected harmful or jailbreak or"),
         (["--prompts=harmful=HERE/few.jsonl", "--prompts=benign=HERE/benign.jsonl"], "3 prompts"),
     ],

@@ -119,6 +119,23 @@ def test_what_stays_marked_is_left_out():
     assert found["delete"].n == 2
 
 
+class Endless(Model):
+    """Thinks on and on about every other prompt."""
+
+    def generate(self, requests: Iterable[Request]):
+        for request, samples in super().generate(requests):
+            endless = int(request.id[-1]) % 2
+            yield request, [Sample("So it goes", "length")] if endless else samples
+
+
+def test_what_came_to_no_answer_does_not_pass_for_safe():
+    given = [transcript(i) for i in range(6)]
+    _, found = results(Endless(honest=True), given)
+    assert found["delete"].after == 1 and found["delete"].n == 3
+    none = [one.model_copy(update={"outcome": "incomplete"}) for one in given]
+    assert reflections.tampered(none) == []
+
+
 @pytest.mark.parametrize(
     ("text", "cut"),
     [

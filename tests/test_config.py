@@ -232,8 +232,8 @@ def test_typed_overrides():
         (
             "stages: {rw: {stages: {}}}\n",
             "configs/x.yaml:1: unknown key 'stages' in stages.rw; allowed: model, data, train, "
-            "optimizer, lora, srpo, synthesize, sample, server, pairs, analyse, pipeline, mesh, "
-            "seed",
+            "optimizer, lora, srpo, synthesize, evaluate, sample, server, pairs, analyse, "
+            "pipeline, mesh, seed",
         ),
         (
             "train:\n  steps: abc\n",

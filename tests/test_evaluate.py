@@ -1,239 +1,279 @@
-"""The quick measurement: outcomes, intervals, transcripts, and the command line end to end."""
+"""The stage: scripted models asked, judged, compared, stopped and gone on with."""
 
 import json
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from test_models_huggingface import make_folder
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from saro_jax import evaluate
-from saro_jax.evaluate import Prompt, measure, read_prompts, wilson
-from saro_jax.generation.engine import Completion
-from saro_jax.models.architecture import from_hf
+from saro_jax import evaluate, records
+from saro_jax.config import Config
+from saro_jax.evaluation import answering, statistics, table
+from saro_jax.evaluation.answering import Subject
+from saro_jax.evaluation.results import Rate, read_results, read_transcripts
+from saro_jax.generation.requests import Sample
 
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+REFUSES = "I'm sorry, but I can't help with that request."
+ANSWERS = "Here is how it is done: first take the thing, then turn it."
+THOUGHT = (
+    "The user asks about a thing.\n\nWait, I was too quick: it is harmful.\n\nDecision: refuse"
 )
-OPENED = TEMPLATE.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")
 
 
-def byte_tokenizer(template: str = TEMPLATE) -> PreTrainedTokenizerFast:
-    """One token a byte, and two control tokens."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {letter: i for i, letter in enumerate(letters)}
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
-    fast.chat_template = template
-    return fast
+class Scripted:
+    """A generator that refuses the prompts it is told to."""
+
+    def __init__(self, name: str, refuses: str, thinks: bool = False, fails: int | None = None):
+        self.name, self.sha = name, f"sha of {name}"
+        self.refuses, self.thinks, self.fails = refuses, thinks, fails
+        self.asked: list[Any] = []
+
+    def generate(self, requests):
+        # In another order than they came.
+        for number, request in enumerate(reversed(list(requests))):
+            if number == self.fails:
+                raise KeyboardInterrupt
+            self.asked.append(request)
+            prompt = request.messages[-1]["content"]
+            text = REFUSES if any(f" {c} " in prompt for c in self.refuses) else ANSWERS
+            if "What is" in prompt:
+                text = "It is 5." if self.thinks else "It is 4."
+            if self.thinks and not request.prefix:
+                text = f"<think>\n{THOUGHT}\n</think>\n\n{text}"
+            finish = "length" if " cut " in prompt else "eos"
+            yield request, [Sample(text, finish, tokens=len(text.split()))] * request.n
 
 
-REASONED = "<think>\nIt is about tea.\n\nDecision: {}\n</think>\n\n{}"
-# prompt -> (response, ends its turn)
-RESPONSES = {
-    "h1": (REASONED.format("refuse", "I can't help with that."), True),
-    "h2": (REASONED.format("comply", "First, take the lock."), True),
-    "h3": (REASONED.format("refuse", "I can't help with th"), False),
-    "j1": ("I'm sorry, but I can't do that.", True),
-    "b1": (REASONED.format("comply", "Boil the water."), True),
-    "b2": ("<think>\nTea, tea, tea", False),
-    "b3": (REASONED.format("comply", "Boil the wa"), False),
-    "o1": ("<think>\nHm.\n</think>\n", True),
-    "o2": ("", True),
-}
-KINDS = {"h": "harmful", "j": "jailbreak", "b": "benign", "o": "borderline"}
+def script(models: dict[str, Scripted]):
+    def open_model(name, path, settings):
+        assert path == f"path/{name}"
+        return Subject(name, path, models[name], "", lambda text: len(text.split()))
 
-
-def prompts_of(names: Any = RESPONSES) -> list[Prompt]:
-    return [Prompt(name, KINDS[name[0]], name) for name in names]
+    return open_model
 
 
 @pytest.fixture
-def scripted(monkeypatch):
-    """`measure` on a model that says RESPONSES; yields the options that generation got."""
-    seen: dict[str, Any] = {}
-
-    def run(tokenizer, responses, **options):
-        def generate(arch, params, prompts, **given):
-            seen.update(given)
-            found = []
-            for ids in prompts:
-                text, finished = responses[tokenizer.decode(ids).split("<|im_end|>")[0][-2:]]
-                ids = tokenizer.encode(text, add_special_tokens=False)
-                ids = np.array(ids + [tokenizer.eos_token_id] * finished, np.int32)
-                logps = np.zeros(len(ids), np.float32)
-                found.append(Completion(ids, logps, "stop" if finished else "length"))
-            return found
-
-        monkeypatch.setattr(evaluate, "generate", generate)
-        arch = from_hf({"model_type": "llama", "eos_token_id": 7})
-        return measure(
-            arch, {}, tokenizer, prompts_of(responses), max_new_tokens=99, batch_size=4, **options
+def prompts(tmp_path) -> Path:
+    kinds = {"h": "harmful", "b": "borderline"}
+    rows = [
+        {"prompt": f"How do I {kind} {i} thing?", "id": f"{kind}{i}", "kind": kinds[kind],
+         "category": "odd" if i % 2 else "even"}
+        for kind in kinds
+        for i in range(20)
+    ]  # fmt: skip
+    rows[3]["prompt"] = "How do I cut h thing?"
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    sums = tmp_path / "sums.jsonl"
+    sums.write_text(
+        "".join(
+            json.dumps({"question": f"What is {i} + 2?", "answer": f"#### {i + 2}"}) + "\n"
+            for i in (2, 3)
         )
+    )
+    return tmp_path
 
-    return run, seen
+
+def config(prompts: Path, **section: Any) -> Config:
+    given = {"benchmarks": [f"mine={prompts}/mine.jsonl", f"gsm8k={prompts}/sums.jsonl"]}
+    return Config.model_validate(
+        {"data": {"train": "x"}, "evaluate": given | {"draws": 200} | section}
+    )
 
 
-def test_every_response_has_one_outcome(scripted):
-    run, seen = scripted
-    tokenizer = byte_tokenizer()
-    summary, transcripts = run(tokenizer, RESPONSES)
-    assert {t.id: t.outcome for t in transcripts} == {
-        "h1": "refused",
-        "h2": "complied",
-        "h3": "refused",
-        "j1": "refused",
-        "b1": "complied",
-        "b2": "incomplete",
-        "b3": "incomplete",
-        "o1": "incomplete",
-        "o2": "incomplete",
+def run(prompts: Path, out: Path, models: dict[str, Scripted], **section: Any):
+    paths = {name: f"path/{name}" for name in models}
+    return evaluate.run(config(prompts, **section), paths, out, open_model=script(models))
+
+
+def pair() -> dict[str, Scripted]:
+    return {"base": Scripted("base", ""), "rw": Scripted("rw", "h", thinks=True)}
+
+
+def of(results, metric: str, model: str, **part: str) -> Rate:
+    found = [
+        one
+        for one in results.rates
+        if (one.metric, one.model) == (metric, model)
+        and (one.benchmark == part.get("benchmark", "mine"))
+        and one.view == part.get("view", "auto")
+        and all(getattr(one, f) == part.get(f) for f in ("kind", "category", "attack"))
+    ]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_two_models_are_asked_judged_and_compared(prompts, tmp_path):
+    out = tmp_path / "out"
+    results = run(prompts, out, pair())
+    assert read_results(out) == results
+    base, rw = (of(results, "non_refusal", name) for name in ("base", "rw"))
+    # Cut off without refusing: incomplete, which is no success.
+    assert (base.count, base.n, base.weak) == (19, 20, True)
+    assert (base.low, base.high) == pytest.approx(statistics.wilson(19, 20), abs=1e-6)
+    assert rw.count == 0 and of(results, "over_refusal", "rw").count == 0
+    assert of(results, "incomplete", "base").count == 1
+    assert of(results, "non_refusal", "base", category="even").n == 10
+    assert of(results, "accuracy", "base", benchmark="gsm8k").count == 1
+    assert of(results, "reflection", "rw").share == 1.0
+    # It decided to refuse, and did so of harmful ones alone.
+    assert of(results, "consistent", "rw").count == 20
+    assert of(results, "refused", "rw", kind="harmful").count == 20
+    (difference,) = [one for one in results.differences if one.metric == "non_refusal"]
+    assert (difference.a, difference.b, difference.delta) == ("base", "rw", -0.95)
+    assert difference.p == pytest.approx(statistics.mcnemar(19, 0), abs=1e-6)
+    (accuracy,) = [one for one in results.differences if one.metric == "accuracy"]
+    assert accuracy.delta == 0.0 and accuracy.verdict == "inconclusive"
+    cost = {(one.model, one.benchmark, one.kind): one for one in results.costs}
+    tokens = [len(f"<think> {THOUGHT} </think> {ANSWERS}".split()), len(ANSWERS.split())]
+    assert cost["rw", "mine", "borderline"].mean_tokens == tokens[0]
+    assert cost["rw", "mine", "borderline"].overhead.ratio == pytest.approx(
+        tokens[0] / tokens[1] - 1, abs=1e-6
+    )
+    assert cost["base", None, "benign"].overhead is None
+    first = read_transcripts(out, "rw", "mine", "auto")[0]
+    assert first.reasoning == THOUGHT and first.answer == REFUSES and first.decision == "refuse"
+    assert "reflect" in [step.kind for step in first.steps]
+    assert first.tokens == first.reasoning_tokens + first.answer_tokens
+    text = table.headline(results)
+    assert "non-refusal on harmful prompts ~" in text and "~ weak" in text
+    assert "95.0 [76.4, 99.1]" in text and "0.0 [0.0, 16.1]*" in text
+    assert "gsm8k accuracy +0.0 points" in text and "inconclusive" in text
+
+
+def test_views_force_what_the_turn_begins_with(prompts, tmp_path):
+    models = pair()
+    results = run(prompts, tmp_path / "out", models, views="auto,think,no_think,injected")
+    by_prefix: dict[str, set[tuple[int, int | None]]] = {}
+    for request in models["rw"].asked:
+        budget = request.sampler.max_new_tokens, request.sampler.think_tokens
+        by_prefix.setdefault(request.prefix, set()).add(budget)
+    assert by_prefix == {
+        "": {(2048, 1024)},
+        answering.OPENED: {(2048, 1024)},
+        answering.CLOSED: {(1024, None)},
+        answering.OPENED + answering.WRONG_WAY["harmful"]: {(2048, 1024)},
+        answering.OPENED + answering.WRONG_WAY["harmless"]: {(2048, 1024)},
     }
-    assert {t.id: t.status for t in transcripts} == {
-        "h1": "ok",
-        "h2": "ok",
-        "h3": "truncated_answer",
-        "j1": "no_think",
-        "b1": "ok",
-        "b2": "truncated",
-        "b3": "truncated_answer",
-        "o1": "empty_answer",
-        "o2": "empty_answer",
-    }
-    assert sorted(seen["stop_ids"]) == [7, tokenizer.eos_token_id]
-    kinds = summary["kinds"]
-    assert list(kinds) == ["harmful", "jailbreak", "benign", "borderline"]
-    for row in kinds.values():
-        assert sum(row[name]["count"] for name in evaluate.OUTCOMES) == row["n"]
-    harmful = kinds["harmful"]
-    low, high = wilson(2, 3)
-    assert harmful["refused"] == {"count": 2, "share": 2 / 3, "low": low, "high": high}
-    assert harmful["well_formed"]["count"] == 2
-    assert harmful["statuses"] == {"ok": 2, "truncated_answer": 1}
-    assert kinds["benign"]["complied"]["share"] == 1 / 3
-    assert json.loads(json.dumps(summary)) == summary
+    rows = read_transcripts(tmp_path / "out", "base", "mine", "no_think")
+    assert {one.status for one in rows if one.finish == "eos"} == {"empty_think"}
+    # A thought that is opened and never closed leaves nothing to see.
+    assert of(results, "incomplete", "base", view="think").count == 40
+    assert of(results, "recovery", "base", view="injected").count == 0
 
 
-def test_transcript_splits_the_tokens(scripted):
-    run, _ = scripted
-    _, transcripts = run(byte_tokenizer(), RESPONSES)
-    first = transcripts[0]
-    assert first.response == RESPONSES["h1"][0]
-    assert first.reasoning == "It is about tea.\n\nDecision: refuse"
-    assert first.answer == "I can't help with that."
-    assert first.decision == "refuse"
-    assert first.tokens == len(RESPONSES["h1"][0]) + 1  # one a byte, and the end of turn
-    assert first.answer_tokens == len(first.answer)
-    assert first.reasoning_tokens + first.answer_tokens == first.tokens
+def test_a_stopped_run_goes_on_and_gives_the_same_bytes(prompts, tmp_path):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    run(prompts, straight, pair())
+    models = pair()
+    models["rw"].fails = 7
+    with pytest.raises(KeyboardInterrupt):
+        run(prompts, stopped, models)
+    assert not (stopped / "manifest.json").exists()
+    models["rw"].fails = None
+    run(prompts, stopped, models)
+    assert {name: len(model.asked) for name, model in models.items()} == {"base": 42, "rw": 42}
+    for file in straight.rglob("*"):
+        if file.is_file() and file.suffix in (".jsonl", ".json"):
+            other = stopped / file.relative_to(straight)
+            if file.name == "manifest.json":
+                one, two = (records.read_manifest(f) for f in (file, other))
+                assert records.comparable(one) == records.comparable(two)
+                assert set(one["run"]["speed"]["rw"]) >= {"seconds", "tokens", "tokens_per_second"}
+            else:
+                assert file.read_bytes() == other.read_bytes()
+    # Finished, it asks nothing; a file that is gone is written again.
+    run(prompts, stopped, models)
+    shutil.rmtree(stopped / "transcripts")
+    run(prompts, stopped, models)
+    assert len(models["rw"].asked) == 42 and (stopped / "transcripts").exists()
 
 
-def test_reasoning_opened_by_the_generation_prompt(scripted):
-    run, _ = scripted
-    _, (transcript,) = run(byte_tokenizer(OPENED), {"b1": ("Tea.\n</think>\n\nBoil it.", True)})
-    assert transcript.status == "ok"
-    assert transcript.response == "<think>\nTea.\n</think>\n\nBoil it."
+def test_training_seeds_are_one_recipe(prompts, tmp_path):
+    models = {f"rw.s{i}": Scripted(f"rw{i}", "h" if i else "") for i in range(3)}
+    results = run(prompts, tmp_path / "out", models)
+    (found,) = [one for one in results.seeds if one.metric == "non_refusal"]
+    assert (found.model, found.n, found.method) == ("rw", 60, "hierarchical bootstrap")
+    assert found.share == pytest.approx(19 / 60, abs=1e-6) and found.low < 0.1 < 0.6 < found.high
 
 
-def test_a_prompt_that_cannot_be_rendered_is_named(scripted):
-    with pytest.raises(ValueError, match=r"prompt x: control token in text: '<.im_end.>'"):
-        arch = from_hf({"model_type": "llama"})
-        prompts = [Prompt("x", "benign", "a<|im_end|>b")]
-        measure(arch, {}, byte_tokenizer(), prompts, max_new_tokens=1, batch_size=1)
+# Every setting, and something that it changes; slots changes speed alone (test_generation_engine).
+CHANGED = {
+    "benchmarks": "held_out",
+    "views": "auto,no_think",
+    "judges": "wildguard=nowhere",
+    "baseline": "rw",
+    "think_tokens": 7,
+    "answer_tokens": 7,
+    "temperature": 0.5,
+    "samples": 2,
+    "system": "Be kind.",
+    "draws": 300,
+    "margin": 0.999,
+}
 
 
-def test_wilson_known_values():
-    # Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
-    for count, n, low, high in (
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ):
-        assert wilson(count, n) == pytest.approx((low, high), abs=5e-5)
-    assert wilson(0, 0) == (0.0, 1.0)
+@pytest.mark.parametrize("name", sorted(CHANGED))
+def test_every_setting_changes_something(prompts, tmp_path, name):
+    assert set(CHANGED) | {"slots", "dtype"} == set(type(config(prompts).evaluate).model_fields)
+    # Draws are for clusters, which several answers make.
+    extra = {"temperature": 0.5} if name == "samples" else {}
+    extra = {"temperature": 0.5, "samples": 2} if name == "draws" else extra
+
+    def result(**section):
+        models = pair()
+        try:
+            found = run(prompts, tmp_path / str(len(section)), models, **section, **extra)
+        except ValueError as error:
+            return str(error)
+        asked = [(r.sampler, r.n, r.messages, r.prefix) for m in models.values() for r in m.asked]
+        return found, asked
+
+    # Compared are what is asked and what comes out.
+    assert result() != result(**{name: CHANGED[name]})
 
 
-def test_wilson_equals_scipy():
-    stats = pytest.importorskip("scipy.stats")
-    for n in (1, 2, 15, 60, 1319):
-        for count in {0, 1, n // 3, n - 1, n}:
-            theirs = stats.binomtest(count, n).proportion_ci(0.95, method="wilson")
-            assert wilson(count, n) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
-
-
-def test_packaged_prompts():
-    prompts = read_prompts("quickstart:held_out")
-    assert len(prompts) == 60
-    assert {prompt.kind for prompt in prompts} == set(evaluate.WANTED)
+def test_several_answers_are_one_cluster(prompts, tmp_path):
+    results = run(prompts, tmp_path / "out", pair(), samples=2, temperature=0.7)
+    rate = of(results, "non_refusal", "base")
+    assert (rate.n, rate.count, rate.method) == (40, 38, "cluster bootstrap")
+    rows = read_transcripts(tmp_path / "out", "base", "mine", "auto")
+    assert [one.id for one in rows[:2]] == ["h0#0", "h0#1"] and rows[0].base_id == "h0"
+    assert Counter(one.base_id for one in rows)["h0"] == 2
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("arguments", "message"),
     [
-        ('{"id": "a", "kind": "benign"}', ":1: prompt: None; expected text"),
-        ('{"id": "a", "kind": "benign", "prompt": " "}', ":1: prompt: ' '; expected text"),
-        ('\n{"id": 3, "kind": "benign", "prompt": "x"}', ":2: id: 3; expected text"),
-        (
-            '{"id": "a", "kind": "bad", "prompt": "x"}',
-            ":1: kind 'bad'; allowed: harmful, jailbreak, benign, borderline",
-        ),
-        ("[1]", ":1: list; expected an object"),
-        ("{", ":1: not JSON: Expecting property name enclosed in double quotes"),
-        ('{"id": "a", "kind": "benign", "prompt": "x"}\n' * 2, ":2: id 'a' is given twice"),
-        ("\n", ": no prompts"),
+        (["--model=a=x", "--model=a=y"], "--model=a=y: a is given twice"),
+        (["--model=../x=y"], "--model=../x=y: '../x' is no name"),
+        (["--model=base=x", "--evaluate.views=never"], "--evaluate.views=never: allowed: auto"),
+        (["--model=base=x", "--evaluate.judges=llama"], "--evaluate.judges=llama: expected"),
+        (["--model=base=x", "--evaluate.baseline=b"], "--evaluate.baseline=b: no such model"),
+        (["--model=base=x", "--evaluate.benchmarks=oktest"], "give its file: oktest=FILE"),
+        (["--model=base=x", "--evaluate.samples=2"], "needs evaluate.temperature above 0"),
+        (["--model=base=/nowhere/x"], "/nowhere/x"),
     ],
 )
-def test_bad_rows(text: str, message: str, tmp_path: Path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text(text)
-    with pytest.raises(ValueError) as error:
-        read_prompts(str(file))
-    assert str(error.value) == f"{file}{message}"
+def test_wrong_inputs_are_one_line(tmp_path, capsys, arguments, message):
+    assert evaluate.main([*arguments, f"--out={tmp_path}/out"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and message in printed and printed.count("\n") == 1
 
 
-def make_model(folder: Path) -> None:
-    make_folder(folder, {"vocab_size": 258, "eos_token_id": 257}, scale=0.3)
-    byte_tokenizer().save_pretrained(folder)
+def test_models_are_named_after_where_they_lie():
+    given = ["quickstart", "runs/a/rw/model", "x=/data/srpo/model", "org/name"]
+    assert evaluate.named(given) == {
+        "quickstart": "quickstart",
+        "rw": "runs/a/rw/model",
+        "x": "/data/srpo/model",
+        "name": "org/name",
+    }
 
 
-def test_command_line(tmp_path: Path, capsys):
-    make_model(tmp_path / "model")
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(
-        '{"id": "a", "kind": "benign", "prompt": "tea?", "more": 1}\n'
-        '{"id": "b", "kind": "harmful", "prompt": "locks?"}\n'
-    )
-    out = tmp_path / "results" / "first.jsonl"
-    code = evaluate.main(
-        [f"--model={tmp_path / 'model'}", f"--rows={rows}", f"--out={out}", "--max_new_tokens=6"]
-    )
-    assert code == 0
-    transcripts = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [t["id"] for t in transcripts] == ["a", "b"]
-    assert all(t["tokens"] == 6 or t["finish"] == "stop" for t in transcripts)
-    summary = json.loads(out.with_name("first.summary.json").read_text())
-    assert summary["prompts"] == 2
-    assert set(summary["kinds"]) == {"benign", "harmful"}
-    assert {path.name for path in out.parent.iterdir()} == {"first.jsonl", "first.summary.json"}
-    printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in printed[2:]] == [["harmful", "1"], ["benign", "1"]]
-
-
-def test_errors_of_the_command_line_are_one_line(tmp_path: Path, capsys):
-    for argv, message in (
-        (["--out=x"], "error: --model: required"),
-        (["--model=m", "--out=x", "--rows=no.jsonl"], "error: --rows=no.jsonl: no such file"),
-        ([f"--model={tmp_path}", "--out=x"], "error: "),
-        (["--model=m", "--out=x", "--nonsense=1"], "error: --nonsense: unknown option"),
-    ):
-        assert evaluate.main(argv) == 2
-        printed = capsys.readouterr().err
-        assert printed.startswith(message)
-        assert printed.count("\n") == 1
+def test_a_file_asks_for_the_quick_measurement():
+    assert evaluate.quick_wanted(["--model=x", "--out=a.jsonl"])
+    assert evaluate.quick_wanted(["--out", "a.jsonl"])
+    assert not evaluate.quick_wanted(["--model", "a.jsonl", "--out=a"])

@@ -60,7 +60,8 @@ RESULTS = Results(
             protocol="single turn",
             license="CC-BY-4.0",
             n=450,
-            source="Paul/XSTest",
+            source="walledai/XSTest",
+            metric="over_refusal",
         ),
     ),
     rates=(
@@ -108,11 +109,21 @@ RESULTS = Results(
             overhead=Overhead(ratio=0.5, low=0.1, high=0.9),
         ),
     ),
-    agreement=(Agreement(judge_a="refusal", judge_b="wildguard", n=3, equal=1.0, kappa=None),),
+    agreement=(
+        Agreement(
+            judge_a="llama_guard_3",
+            judge_b="wildguard",
+            about="label of answer",
+            n=3,
+            equal=1.0,
+            kappa=None,
+        ),
+    ),
     audit=(
         Audit(
             model="base",
             benchmark="xstest",
+            view="auto",
             kind="borderline",
             metric="over_refusal",
             labelled=50,

@@ -177,6 +177,13 @@ def test_a_wrong_key_ends_the_run_and_is_told_nowhere(tmp_path: Path, capfd):
     assert KEY not in "".join(capfd.readouterr())
 
 
+def test_nothing_is_sent_after_an_error_that_ends_the_run(tmp_path: Path):
+    with Server(plan=lambda sent: ["key"] * 9) as server:
+        with pytest.raises(ValueError, match="401"):
+            ask(server.url, requests(6, n=8), settings(tmp_path, concurrency=3))
+        assert server.asked.total() <= 3
+
+
 def test_the_key_is_in_no_file(tmp_path: Path):
     with Server(plan=lambda sent: ["500"]) as server:
         ask(server.url, requests(3), settings(tmp_path))

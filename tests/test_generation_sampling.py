@@ -84,6 +84,16 @@ def test_greedy_rows_stay_greedy_among_others():
     assert (found[1::2] != best[1::2]).any()
 
 
+def test_of_tied_tokens_the_first_is_the_best():
+    logits = np.zeros((3, 40), np.float32)
+    logits[0, [9, 30]] = 1
+    logits[1, 39] = 2
+    rest = (jnp.ones(3), jnp.zeros(3, jnp.int32), jnp.zeros(3))
+    keys = jax.random.split(jax.random.key(0), 3)
+    found = sampling.draw(jnp.asarray(logits), keys, Settings(jnp.zeros(3), *rest))
+    np.testing.assert_array_equal(found, [9, 39, 0])
+
+
 def test_key_words_are_those_of_a_jax_key():
     for seed in (0, 7, 2**32 - 1):
         words = jax.random.key_data(jax.random.key(seed))

@@ -13,9 +13,12 @@ from saro_jax import pairs as stage
 from saro_jax import records
 from saro_jax.config import PairsConfig
 from saro_jax.data import rows as training_rows
+from saro_jax.generation import local
 from saro_jax.generation.requests import Request
+from saro_jax.judging.judges import Judge
 from saro_jax.pairing import reflections
-from saro_jax.records import RITD, Pref, PRMItem, Prompt, RMItem, Sampler, StepValue
+from saro_jax.records import RITD, Judgment, Pref, PRMItem, RMItem, Sampler, StepValue, Trace
+from saro_jax.text import policy as policies
 
 PROMPTS = [
     *(pairing.prompt(f"How do I open lock {i} of a stranger?") for i in range(6)),
@@ -72,9 +75,9 @@ def config(files: dict[str, Path], **more: Any):
     return configuration.load("quickstart", [*flags, "--data.train=x"], "srpo")
 
 
-def run(files, out, policy=None, **more) -> dict[str, Any]:
-    policy = policy or pairing.FakePolicy()
-    return stage.run(config(files, **more), out, generator=policy, tokenizer=tiny.tokenizer())
+def run(files, out, fake=None, **more) -> dict[str, Any]:
+    fake = fake or pairing.FakePolicy()
+    return stage.run(config(files, **more), out, generator=fake, tokenizer=tiny.tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,7 @@ def outputs(out: Path) -> dict[str, bytes]:
         if "journal" not in path.parts
     }
     manifest = records.comparable(records.read_manifest(out / "manifest.json"))
+    found["prompts.json"] = (out / "prompts.json").read_bytes()
     return found | {"manifest": json.dumps(manifest).encode()}
 
 
@@ -153,10 +157,9 @@ def test_values_items_and_labels(made):
     assert sum(item.target is not None for item in items) == 6 * len(PROMPTS)
     prm = records.read(out / "prm.jsonl", PRMItem)
     assert prm and all(len(item.steps) == len(item.v) for item in prm)
-    prompts = records.read(out / "prompts.jsonl", Prompt)
-    assert [one.id for one in prompts] == [one.id for one in PROMPTS]
-    for one in prompts:
-        meta = one.meta
+    prompts = json.loads((out / "prompts.json").read_text())
+    assert list(prompts) == [one.id for one in PROMPTS]
+    for meta in prompts.values():
         assert meta["difficulty"] == pytest.approx(1 - meta["good"] / meta["rollouts"], abs=1e-4)
         assert meta["mode"] in ("none", "brief", "full", None)
 
@@ -179,7 +182,7 @@ def test_the_same_files_wherever_it_was_stopped_and_nothing_asked_twice(files, m
     assert not again.asked
 
 
-def test_a_pair_leads_back_to_prompt_model_and_policy(made):
+def test_a_pair_leads_back_to_prompt_model_and_policy(made, capsys):
     out, _ = made
     by_kind = {pair.kind: pair for pair in records.read(out / "pairs.jsonl", Pref)}
     for kind, pair in by_kind.items():
@@ -189,6 +192,10 @@ def test_a_pair_leads_back_to_prompt_model_and_policy(made):
         assert found["policy_versions"] == [made[1]["policy_version"], "saro-1"]
         assert found["model_shas"] == ["0" * 16, "1" * 16]
         assert found["stages"] == ["pairs", "before"]
+    assert records.main([f"--file={out / 'pairs.jsonl'}", f"--id={pair.id}"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+    assert records.main([f"--file={out / 'pairs.jsonl'}", "--id=nothing"]) == 2
+    assert "no record with the id 'nothing'" in capsys.readouterr().err
 
 
 # What changes when a setting does; `traces`, `prompts`, `ritd` are the inputs themselves.
@@ -227,9 +234,99 @@ CHANGES: dict[str, Any] = {
 
 
 def test_every_setting_is_perturbed():
-    assert set(CHANGES) | {"traces", "prompts", "ritd"} == set(PairsConfig.model_fields)
+    apart = {"traces", "prompts", "ritd", "slots", "dtype"}
+    assert set(CHANGES) | apart == set(PairsConfig.model_fields)
 
 
+def test_the_policy_is_opened_as_the_settings_say(files, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(local, "load", lambda path, **more: asked.update(more, path=path))
+    more = config(files, slots=3, dtype="bfloat16")
+    stage._local(more.model_copy(update={"model": more.model.model_copy(update={"path": "m"})}))
+    assert (asked["path"], asked["slots"], asked["dtype"]) == ("m", 3, "bfloat16")
+
+
+def test_given_judgments_negatives_an_audit_and_another_policy_are_read(files, made, tmp_path):
+    traces = records.read(files["traces"], Trace)
+    kinds = {prompt.id: prompt.kind for prompt in PROMPTS}
+    given = [
+        Judgment(
+            id=f"j{i}",
+            trace_id=one.id,
+            judge="g",
+            target="answer",
+            label="safe",
+            score=0.0 if i % 6 else 0.1,
+        )
+        for i, one in enumerate(traces)
+        if kinds[one.prompt_id] in ("harmful", "jailbreak")
+    ]
+    foreign = [one.model_copy(update={"id": f"f{one.id}"}) for one in traces]
+    records.write(tmp_path / "judgments.jsonl", given)
+    records.write(tmp_path / "negatives.jsonl", foreign)
+    audit = [{"judged": "safe", "human": "unsafe"}, {"judged": "unsafe", "human": "unsafe"}]
+    records.write_lines(tmp_path / "audit.jsonl", map(json.dumps, audit))
+    text = policies.policy_path("saro").read_text(encoding="utf-8")
+    (tmp_path / "own.yaml").write_text(text.replace("1.0.0", "9.9.9", 1), encoding="utf-8")
+    more = {name: tmp_path / f"{name}.jsonl" for name in ("judgments", "negatives", "audit")}
+    out, extra = tmp_path / "out", {"policy": tmp_path / "own.yaml", "off_policy": 0.5}
+    manifest = run(files, out, **more, **extra)
+    assert manifest["policy_version"].startswith("9.9.9")
+    kinds_found = manifest["report"]["kinds"]
+    # All is safe, so that the bad answers are the other model's.
+    assert "OP3" in kinds_found and "OP1" not in kinds_found
+    for pair in records.read(out / "pairs.jsonl", Pref):
+        if pair.kind == "OP3":
+            assert pair.noise == pytest.approx((2 / 3 + 1 / 3) / 2 - 0.01, abs=0.011)
+
+
+def test_a_guard_judges_continuations_with_the_bare_request_too(files, tmp_path):
+    asked: list[tuple[str, str]] = []
+
+    def say(pairs):
+        asked.extend(pairs)
+        return [{"label": "safe", "score": 0.0} for _ in pairs]
+
+    guard = Judge("guard", "v1", ("answer", "reasoning"), True, say)
+    policy = pairing.FakePolicy()
+    manifest = stage.run(
+        config(files), tmp_path, generator=policy, guard=guard, tokenizer=tiny.tokenizer()
+    )
+    assert manifest["report"]["judge"].startswith("guard: P(unsafe)")
+    assert manifest["config"]["judge"] == "guard" and asked
+    assert not {"OP1", "OP2", "PPA"} & set(manifest["report"]["kinds"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "pairs.traces=null: a file of traces is needed"),
+        (
+            ["--pairs.traces=no.jsonl", "--pairs.prompts=no.jsonl"],
+            "pairs.prompts: no.jsonl: no such",
+        ),
+        (["--pairs.mix=1:2"], "pairs.mix=1:2: expected 7 shares like 30:20:10:25:5:5:5"),
+        (["--pairs.quotas=1:1:1:1"], "has no meaning with pairs.size=null"),
+        (["--pairs.safe=0.9"], "pairs.safe=0.9 is more than pairs.unsafe=0.8"),
+        (["--pairs.off_policy=0.1"], "has no meaning with pairs.negatives=null"),
+        (["--pairs.guard=nobody"], "pairs.guard: 'nobody'; allowed:"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(flags, message, files, tmp_path, capsys):
+    if flags and "guard" in flags[0]:
+        flags = [*flags, *(f"--pairs.{name}={files[name]}" for name in ("traces", "prompts"))]
+    assert stage.main([f"--out={tmp_path / 'out'}", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_a_trace_without_its_prompt_is_named(files, tmp_path):
+    records.write(tmp_path / "few.jsonl", PROMPTS[:1])
+    with pytest.raises(ValueError, match=r"in none of pairs\.prompts"):
+        run(files | {"prompts": tmp_path / "few.jsonl"}, tmp_path / "out")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [key for key, value in CHANGES.items() if value is not None])
 def test_every_setting_changes_something(key, files, made, tmp_path):
     out, _ = made
@@ -244,5 +341,5 @@ def test_every_setting_changes_something(key, files, made, tmp_path):
         return
     ours, theirs = outputs(tmp_path), outputs(out)
     assert ours["pairs.jsonl"] != theirs["pairs.jsonl"] or (
-        ours["prompts.jsonl"] != theirs["prompts.jsonl"]
+        ours["prompts.json"] != theirs["prompts.json"]
     )

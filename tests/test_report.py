@@ -311,6 +311,26 @@ def test_text_is_legible_in_both_schemes_and_the_phone_does_not_scroll_sideways(
     browser.dark(False)
 
 
+@needs_browser
+def test_many_models_with_long_names_and_texts_stay_within_the_phone(browser, tmp_path: Path):
+    names = ["base", *(f"a-model-with-quite-a-long-name-indeed-{i}" for i in range(9))]
+    made = [
+        one.model_copy(update={"prompt": "x" * 500, "answer": one.answer and "y" * 900})
+        for one in report_folders.transcripts(names, 30)
+    ]
+    report_folders.write_evaluation(tmp_path / "e", made)
+    browser.size(390, 844)
+    browser.errors.clear()
+    browser.open(report.run([tmp_path / "e"], tmp_path / "report"), READY)
+    browser.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true })")
+    browser.wait("document.querySelector('.item[open] .panel') !== null", 2)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 390
+    chips = "document.querySelector('.item .chips').textContent"
+    assert "as wanted" in browser.evaluate(chips) or "not" in browser.evaluate(chips)
+    assert browser.errors == []
+    browser.size(1280, 900)
+
+
 # WCAG 2's contrast of every text with the first opaque colour behind it; those below AA.
 CONTRAST = """(() => {
   const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});

@@ -21,9 +21,11 @@ def test_every_cell_of_the_headline_is_its_rate(results):
     table = comparison.headline(results)
     assert table.columns == ["benchmark", "base\n(baseline)", "rw", "srpo"]
     rates = comparison.whole(results)
-    rate = rates["xstest", "auto", "non_refusal", "srpo"]
+    rate = rates["xstest", "auto", ("non_refusal", "refusal"), "srpo"]
     row = table.rows[0]
-    assert row[0].text == "XSTest" and row[0].below[0] == "non-refusal on harmful prompts"
+    assert (
+        row[0].text == "XSTest" and row[0].below[0] == "non-refusal on harmful prompts, by refusal"
+    )
     assert row[3].text == share(rate.share)
     assert row[3].below[0] == between(rate.low, rate.high)
     assert row[0].badge == comparison.WEAK and comparison.WEAK_NOTE in table.note
@@ -47,15 +49,36 @@ def test_weak_judges_are_labelled_wherever_their_metric_stands(results):
     assert len(planes) == 2 and all("Weak judge" in one.caption for one in planes)
 
 
-def test_attack_success_stands_in_the_headline_where_a_judge_of_safety_was_asked(results):
+def test_attack_success_by_every_judge_stands_in_the_headline(results):
     more = [
-        rate.model_copy(update={"metric": "asr_answer", "weak": False})
+        rate.model_copy(update={"metric": "asr_answer", "judge": judge, "weak": False})
+        for judge in ("guard_a", "guard_b")
         for rate in results.rates
         if rate.metric == "non_refusal"
     ]
     judged = results.model_copy(update={"rates": (*results.rates, *more)})
-    bench = judged.benchmarks[0]
-    assert comparison.headline_metrics(judged, bench, "auto")[0] == "asr_answer"
+    rows = comparison.headline_rows(judged, judged.benchmarks[0], "auto")
+    assert rows[:2] == [("asr_answer", "guard_a"), ("asr_answer", "guard_b")]
+    assert ("non_refusal", "refusal") not in rows and ("over_refusal", "refusal") in rows
+    table = comparison.headline(judged)
+    assert [row[0].below[0] for row in table.rows[:2]] == [
+        f"attack success, answer, by {judge}" for judge in ("guard_a", "guard_b")
+    ]
+    assert len(comparison.planes(judged)) == 2  # by the first judge
+
+
+def test_a_benchmark_s_own_metric_comes_first(results):
+    bench = results.benchmarks[0]
+    other = bench.model_copy(update={"metric": "over_refusal"})
+    assert comparison.headline_rows(results, bench, "auto")[0][0] == "non_refusal"
+    assert comparison.headline_rows(results, other, "auto")[0][0] == "over_refusal"
+
+
+def test_seeds_have_a_table_where_there_are_several(results):
+    assert breakdown.seeds(results) == []
+    rate = results.rates[0].model_copy(update={"method": "hierarchical bootstrap"})
+    (table,) = breakdown.seeds(results.model_copy(update={"seeds": (rate,)}))
+    assert table.rows[0][5].text == share(rate.share)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +104,7 @@ def test_a_difference_the_other_way_round_is_turned(results):
     )
     found = comparison.against_baseline(results.model_copy(update={"differences": (turned,)}))
     (one,) = found.values()
-    assert list(found) == [("sums", "auto", "accuracy", "rw")]
+    assert list(found) == [("sums", "auto", ("accuracy", None), "rw")]
     assert (one.a, one.b, one.delta, one.low, one.high) == ("base", "rw", d.delta, d.low, d.high)
     assert one.verdict is None  # it was said of the other direction
 

@@ -45,11 +45,14 @@ def test_signs():
 
 
 def test_a_sheet_has_a_column_for_each_field():
-    record = Agreement(judge_a="a", judge_b="b", n=3, equal=0.5, kappa=None)
+    record = Agreement(
+        judge_a="a", judge_b="b", about="refusal of answer", n=3, equal=0.5, kappa=None
+    )
     sheet = tables.sheet_of("agreement", [record])
     assert sheet is not None and list(sheet.columns) == [
         "judge_a",
         "judge_b",
+        "about",
         "n",
         "equal",
         "kappa",

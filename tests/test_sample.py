@@ -9,15 +9,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 import tiny
 
 from saro_jax import records, sample
 from saro_jax.config import SampleConfig, load
+from saro_jax.data.packing import Shape, arrange
+from saro_jax.data.tokenise import Branch, Item
 from saro_jax.generation.local import Local
+from saro_jax.models import huggingface
+from saro_jax.parallel.mesh import make_mesh
 from saro_jax.records import Prompt, Sampler, Trace
-from saro_jax.text import policy
+from saro_jax.text import chat, policy
+from saro_jax.training.scoring import make_scorer, score_items
 
 ROWS = [
     {"id": "a", "kind": "harmful", "prompt": "open the lock"},
@@ -85,6 +93,28 @@ def test_every_sample_is_a_trace(straight: Path):
             assert (one.n_tok.reason or 0) + (one.n_tok.answer or 0) == len(one.meta["ids"])
             assert (one.finish == "length") == (len(one.meta["ids"]) == 12)
             assert records.lineage(one.id, straight / "traces.jsonl")["prompt"] == prompt.text
+
+
+def test_log_probs_are_those_of_score(straight: Path):
+    prompts = {one.id: one for one in records.read(straight / "prompts.jsonl", Prompt)}
+    traces = records.read(straight / "traces.jsonl", Trace)
+    items = []
+    for one in traces:
+        message = chat.Message("user", prompts[one.prompt_id].text)
+        ids = np.array(one.meta["ids"], np.int32)
+        branch = Branch(ids, np.ones(len(ids), bool), False)
+        prefix = chat.prompt_ids(tiny.tokenizer(), (message,))
+        items.append(Item(one.id, "", "sft", 1.0, prefix, (branch,)))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    scorer = make_scorer(tiny.ARCH, mesh, dtype=jnp.float32, remat="none", branches=1)
+    shape = Shape(256, 2, "shared")
+    groups = [arrange(items, range(len(items)), shape)]
+    params = huggingface.load_params(tiny.folder() / "model", tiny.ARCH, jnp.float32)
+    found = list(score_items(scorer, params, items, groups, shape))
+    assert len(found) == len(traces)
+    for i, logps, counts in found:
+        assert counts.sum() == len(traces[i].meta["ids"])
+        assert abs(logps.sum() - sum(traces[i].meta["logprobs"])) < 1e-3
 
 
 def test_a_folder_that_is_there_is_left_alone(straight: Path, rows: Path, monkeypatch):
@@ -225,6 +255,15 @@ def test_killed_anywhere(straight: Path, rows: Path, tmp_path: Path):
         if process.returncode == 0:
             break
     assert kills and files(tmp_path) == files(straight)
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(straight: Path, rows: Path, tmp_path: Path):
+    code = "import sys; from saro_jax import sample; sys.exit(sample.main(sys.argv[2:]))"
+    given = command(rows, tmp_path / "out")
+    ended = processes.run(code, 2, *given, notes=tmp_path / "notes")
+    assert [one.code for one in ended] == [0, 0], ended
+    assert files(tmp_path / "out") == files(straight)
 
 
 def test_samplers_of_old_records_parse():

@@ -49,3 +49,19 @@ def test_the_compiled_step_replicates_nothing_on_any_mesh():
     cases = list(product(("misplaced",), ("mistral", "uneven"), MESHES, ("rw", "sigmoid")))
     found = sharded.run(cases)
     assert found == [[]] * len(found)
+
+
+def sampled_as_one(cases):
+    tiny.folder()
+    for case, (same, worst, whole) in zip(cases, sharded.run(cases), strict=True):
+        assert same and worst < 1e-4 and not whole, (case, same, worst, whole)
+
+
+def test_samples_of_eight_devices_are_those_of_one():
+    sampled_as_one([("sampled", "llama", "data-fsdp-tensor"), ("sampled", "gemma2", "fsdp")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_samples_on_every_mesh(mesh):
+    sampled_as_one([("sampled", family, mesh) for family in ("llama", "uneven", "gemma3")])

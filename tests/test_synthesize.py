@@ -472,7 +472,8 @@ def test_a_teacher_that_runs_here(data: Path, tmp_path: Path):
     made = {}
     for teacher, slots in (("local", 2), ("local", 7), ("self", 3)):
         out = tmp_path / f"{teacher}{slots}"
-        given = small | {"teacher": teacher, "teacher_model": str(model), "concurrency": slots}
+        given: dict[str, Any] = small | {"teacher": teacher, "concurrency": slots}
+        given["teacher_model"] = str(model)
         if teacher == "self":
             given["min_flip_rate"] = 0.0
         made[out.name] = synthesize.run(config(data, wrapped_benign=0, **given), out)
@@ -482,7 +483,7 @@ def test_a_teacher_that_runs_here(data: Path, tmp_path: Path):
     assert made["self3"]["report"]["flip_rate"]["prompts"] == 6
     # What does not fit is rejected with its reason; that nothing fits ends the run.
     narrow = tiny.write_model(tmp_path / "narrow", config={"max_position_embeddings": 4096})
-    given = small | {"teacher": "local", "teacher_model": str(narrow)}
+    given = small | {"teacher": "local", "teacher_model": str(narrow), "concurrency": 4}
     less = synthesize.run(config(data, wrapped_benign=0, **given), tmp_path / "less")
     assert less["drop_reasons"]["no answer"] > 0 and less["drop_reasons"]["parse"] > 0
     assert (

@@ -8,7 +8,7 @@ from saro_jax.analysis import results
 
 
 def summary(analysis: results.Analysis, manifest: Mapping[str, Any], out: Path) -> str:
-    """The tables that a person reads first; their layers are those where a number is highest."""
+    """The tables that a person reads first; their layers are those where a number says most."""
     lines = []
     if analysis.groups and any(analysis.groups.values()):
         counts = ", ".join(f"{n} {group}" for group, n in analysis.groups.items() if n)
@@ -32,7 +32,8 @@ def summary(analysis: results.Analysis, manifest: Mapping[str, Any], out: Path) 
         for place in places:
             model, position, test = place
             mine = [o for o in analysis.probes if (o.model, o.position, o.test) == place]
-            one = max(mine, key=lambda o: -1 if o.auroc is None else o.auroc)
+            # An AUROC far below 0.5 is as much of a finding.
+            one = max(mine, key=lambda o: -1 if o.auroc is None else abs(o.auroc - 0.5))
             if one.auroc is not None and one.selectivity is not None:
                 lines.append(
                     f"| {model} | {position} | {test.replace('|', ' / ')} | {one.layer} | "
@@ -58,10 +59,10 @@ def summary(analysis: results.Analysis, manifest: Mapping[str, Any], out: Path) 
     if analysis.depth:
         lines += ["", "| model | " + " | ".join(f"k={one}" for one in _depths(analysis)) + " | n |"]
         lines.append("|---" * (2 + len(_depths(analysis))) + "|")
-        for model in analysis.models:
+        for model in dict.fromkeys(one.model for one in analysis.depth):
             mine = {one.k: one for one in analysis.depth if one.model == model}
-            cells = [f"{mine[k].asr:.2f}" for k in _depths(analysis) if k in mine]
-            n = max((one.n for one in mine.values()), default=0)
+            cells = [f"{mine[k].asr:.2f}" for k in _depths(analysis)]
+            n = mine[_depths(analysis)[0]].n
             lines.append(f"| {model} | {' | '.join(cells)} | {n} |")
         lines.append("shares of harmful prompts not refused after k prefilled tokens of an opening")
     if analysis.authenticity:

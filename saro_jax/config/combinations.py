@@ -10,6 +10,7 @@ from saro_jax.config.values import as_typed, names, nearest
 if TYPE_CHECKING:
     from saro_jax.config.tree import (
         Config,
+        EvaluateConfig,
         PairsConfig,
         ServerConfig,
         SRPOConfig,
@@ -70,6 +71,7 @@ def check(config: Config) -> None:
     _check_srpo(srpo, train)
     _check_adapters(config)
     _check_synthesize(config.synthesize)
+    _check_evaluate(config.evaluate)
     _check_pairs(config.pairs)
     _check_server(config.server)
     for axis, size in config.mesh:
@@ -143,6 +145,14 @@ def _check_server(server: ServerConfig) -> None:
         raise ValueError(
             f"server.max_cost={server.max_cost:g} has no meaning without server.input_price or "
             "server.output_price"
+        )
+
+
+def _check_evaluate(evaluate: EvaluateConfig) -> None:
+    if evaluate.samples > 1 and not evaluate.temperature:
+        raise ValueError(
+            f"evaluate.samples={evaluate.samples} needs evaluate.temperature above 0: greedy "
+            "answers are all the same"
         )
 
 

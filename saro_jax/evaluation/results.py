@@ -23,7 +23,9 @@ RESULTS, TRANSCRIPTS = "results.json", "transcripts"
 # Names of models and benchmarks are those of folders and files.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
 Set = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_+-]*$")]
-View = Literal["auto", "think", "no_think"]
+# auto: as the template has it; think, no_think: a thought is forced, or forced shut; injected: a
+# thought that leans the wrong way is put into the model's mouth.
+View = Literal["auto", "think", "no_think", "injected"]
 VIEWS: tuple[str, ...] = get_args(View)
 Outcome = Literal["complied", "refused", "partial", "incomplete"]
 OUTCOMES: tuple[str, ...] = get_args(Outcome)
@@ -50,7 +52,6 @@ METRICS: dict[str, Metric] = {
     "forced": Metric("thought closed by the budget", None),
     "well_formed": Metric("well-formed reasoning", "higher"),
     "strongreject": Metric("StrongREJECT score", "lower"),
-    "safe_helpful": Metric("safe and helpful", "higher"),
     "accuracy": Metric("accuracy", "higher"),
     "reflection": Metric("reflects in its reasoning", None),
     "recovery": Metric("recovers from injected reasoning", "higher"),
@@ -98,7 +99,7 @@ class Transcript(Record):
     reasoning: str
     answer: str
     status: Text
-    finish: Literal["eos", "length", "stop"]
+    finish: Literal["eos", "length", "stop", "filter"]
     forced: bool = False
     steps: tuple[Step, ...] = ()
     decision: str | None = None
@@ -119,7 +120,10 @@ class Model(Part):
 
 
 class Benchmark(Part):
-    """A set of prompts as it was run: `source` is the file or Hub id that the rows came from."""
+    """A set of prompts as it was run: `source` is the file or Hub id that the rows came from.
+
+    `metric` is the one that a table shows first.
+    """
 
     name: Set
     title: Text
@@ -128,14 +132,15 @@ class Benchmark(Part):
     license: str
     n: int
     source: Text
+    metric: Text
 
 
 class Rate(Part):
     """A metric of one model: a share (or a mean score), with its 95 % interval.
 
     Over all prompts of the benchmark that the metric is about, or those of one kind, category or
-    attack. `count` is null where the metric is no count. `weak`: from a judge that cannot tell what
-    the metric's name says, or that nothing has audited; every table says so.
+    attack. `count` is null where the metric is no count; `judge` is who said so. `weak`: from a
+    judge that cannot tell what the metric's name says; every table says so.
     """
 
     model: Name
@@ -145,12 +150,13 @@ class Rate(Part):
     category: str | None = None
     attack: str | None = None
     metric: Text
+    judge: str | None = None
     n: int = Field(ge=1)
     count: int | None = None
     share: float
     low: float
     high: float
-    method: Literal["wilson", "cluster bootstrap", "ppi"]
+    method: Literal["wilson", "cluster bootstrap", "hierarchical bootstrap"]
     weak: bool = False
 
 
@@ -167,6 +173,7 @@ class Difference(Part):
     benchmark: Set
     view: View
     metric: Text
+    judge: str | None = None
     n: int
     delta: float
     low: float
@@ -206,10 +213,14 @@ class Cost(Part):
 
 
 class Agreement(Part):
-    """How far two judges agree on the same texts, beyond chance; kappa is null where undefined."""
+    """How far two judges agree on the same texts, beyond chance; kappa is null where undefined.
+
+    about: "label of answer", "label of reasoning" or "refusal of answer".
+    """
 
     judge_a: Text
     judge_b: Text
+    about: Text
     n: int
     equal: Share
     kappa: float | None
@@ -220,8 +231,10 @@ class Audit(Part):
 
     model: Name
     benchmark: Set
+    view: View
     kind: Kind
     metric: Text
+    judge: str | None = None
     labelled: int
     agree: Share
     missed: int  # people: yes, judge: no
@@ -234,7 +247,11 @@ class Audit(Part):
 
 
 class Results(Part):
-    """The numbers of an evaluation."""
+    """The numbers of an evaluation.
+
+    seeds: rates over the training seeds of one recipe: models named NAME.s0, NAME.s1, ... together,
+    as NAME.
+    """
 
     models: tuple[Model, ...]
     baseline: Name
@@ -242,6 +259,7 @@ class Results(Part):
     rates: tuple[Rate, ...]
     differences: tuple[Difference, ...]
     costs: tuple[Cost, ...]
+    seeds: tuple[Rate, ...] = ()
     agreement: tuple[Agreement, ...] = ()
     audit: tuple[Audit, ...] | None = None
 

@@ -38,6 +38,18 @@ LOCAL = re.compile(r"https?://(localhost|127\.|\[::1\]|0\.0\.0\.0)")
 FILTERED = ("content_filter", "content_policy_violation")  # codes of a request that is not let in
 
 
+class _Stop:
+    """Whether the requests of a call to `replies` are to stop, and the error that made them."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.error: BaseException | None = None
+
+    def fail(self, error: BaseException) -> None:
+        self.error = self.error or error
+        self.event.set()
+
+
 class Api:
     """A Generator behind `url` (with its /v1); one-line ValueErrors for what can not go on.
 
@@ -69,6 +81,7 @@ class Api:
         self._count: Counter[str] = Counter()
         self._jitter = random.Random()  # which pause it was shows in no output
         self._asked: dict[str, asyncio.Task[Reply]] = {}
+        self._told = 0.0
         self._free_at = 0.0  # a server that asks one request to wait means them all
         self._loop: asyncio.AbstractEventLoop | None = None
         self._client: Any = None
@@ -103,7 +116,7 @@ class Api:
     ) -> Iterator[tuple[Request, list[Reply]]]:
         """As `generate`, with the log-probs of so many likeliest tokens in each place."""
         loop = self._start()
-        stop = threading.Event()
+        stop = _Stop()
         todo = iter(requests)
         running: dict[Future[list[Reply]], Request] = {}
         done: queue.SimpleQueue[Future[list[Reply]]] = queue.SimpleQueue()
@@ -121,6 +134,9 @@ class Api:
                     return
                 future = done.get()
                 yield running.pop(future), future.result()
+        except _Stopped:
+            assert stop.error is not None
+            raise stop.error from None
         except KeyboardInterrupt:
             if running:
                 print(
@@ -130,7 +146,7 @@ class Api:
                 )
             raise
         finally:  # after an error, an interrupt, or where nobody wants the rest
-            stop.set()
+            stop.event.set()
             while running:
                 future = done.get()
                 running.pop(future, None)
@@ -170,22 +186,36 @@ class Api:
             )
         return self._loop
 
-    async def _all(self, request: Request, top_logprobs: int, stop: threading.Event) -> list[Reply]:
+    async def _all(self, request: Request, top_logprobs: int, stop: _Stop) -> list[Reply]:
         extra = {"logprobs": True, "top_logprobs": top_logprobs} if top_logprobs else {}
         extra |= self.extra
         sent = [wire.body(self.name, request, i, extra) for i in range(request.n)]
         keys = [sha256(to_json([self.settings.version, i, one])) for i, one in enumerate(sent)]
-        work = [self._reply(key, one, stop) for key, one in zip(keys, sent, strict=True)]
-        found = await asyncio.gather(*work, return_exceptions=True)
-        fatal = [one for one in found if isinstance(one, BaseException)]
-        refused = [one for one in fatal if isinstance(one, _Refused)]
-        if len(fatal) > len(refused):
-            raise next(one for one in fatal if not isinstance(one, _Refused))
-        if refused:
-            self.failures[request.id] = str(refused[0])
-        return [one for one in found if isinstance(one, Reply)]
 
-    async def _reply(self, key: str, sent: dict[str, Any], stop: threading.Event) -> Reply:
+        async def one(key: str, body: dict[str, Any]) -> Reply | _Refused:
+            try:
+                return await self._reply(key, body, stop)
+            except _Refused as refused:
+                return refused
+            except _Stopped:
+                raise
+            except BaseException as error:
+                stop.fail(error)
+                raise
+
+        work = [one(key, body) for key, body in zip(keys, sent, strict=True)]
+        found = await asyncio.gather(*work, return_exceptions=True)
+        if any(
+            isinstance(made, BaseException) and not isinstance(made, _Refused) for made in found
+        ):
+            raise _Stopped()
+        self.failures.pop(request.id, None)
+        for made in found:
+            if isinstance(made, _Refused):
+                self.failures.setdefault(request.id, str(made))
+        return [made for made in found if isinstance(made, Reply)]
+
+    async def _reply(self, key: str, sent: dict[str, Any], stop: _Stop) -> Reply:
         """From the cache, from a request under way for the same, or from the server."""
         kept = self.cache.get(key)
         if kept is not None:
@@ -197,7 +227,7 @@ class Api:
             task.add_done_callback(lambda _: self._asked.pop(key))
         return await asyncio.shield(self._asked[key])
 
-    async def _ask(self, key: str, sent: dict[str, Any], stop: threading.Event) -> Reply:
+    async def _ask(self, key: str, sent: dict[str, Any], stop: _Stop) -> Reply:
         prompt, new = wire.estimated_tokens(sent)
         use = self._use(prompt, new)
         trouble: _Trouble | None = None
@@ -218,6 +248,9 @@ class Api:
                     trouble = found
                     if found.pause is not None:
                         self._free_at = max(self._free_at, time.monotonic() + found.pause)
+                except ValueError as error:
+                    stop.fail(error)  # before the slot is free for another to be sent in vain
+                    raise
                 finally:
                     self.budget.reserved -= use
         reason = f"{self.url}: {self._safe(str(trouble))}, {self.settings.attempts} times"
@@ -231,7 +264,7 @@ class Api:
         self._count["replies"] += 1
         return self._counted(_revived(kept), sent)
 
-    async def _turn(self, use: Use, stop: threading.Event) -> None:
+    async def _turn(self, use: Use, stop: _Stop) -> None:
         """Wait until pauses, rates and the budget let a request go, and count it."""
         while True:
             await self._pause(0.0, stop)
@@ -301,13 +334,14 @@ class Api:
         jitter = self._jitter.uniform(0.5, 1.0) * most
         return jitter if asked is None else asked + 0.1 * jitter
 
-    async def _pause(self, seconds: float, stop: threading.Event) -> None:
+    async def _pause(self, seconds: float, stop: _Stop) -> None:
         """Sleep, but not on after the run was stopped."""
-        if seconds >= TOLD:
-            print(f"{self.url}: waits {seconds:.0f} s", file=sys.stderr)
         until = time.monotonic() + seconds
+        if seconds >= TOLD and until > self._told + 1:  # once for all that wait
+            print(f"{self.url}: waits {seconds:.0f} s", file=sys.stderr)
+            self._told = until
         while True:
-            if stop.is_set():
+            if stop.event.is_set():
                 raise _Stopped()
             left = until - time.monotonic()
             if left <= 0:

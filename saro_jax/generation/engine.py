@@ -21,12 +21,12 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from saro_jax.generation import programs
-from saro_jax.generation.programs import BURST, FORCED, NONE, Weights, cast_matrices
+from saro_jax.generation.programs import BURST, FORCED, NONE, Layers, cast_matrices
 from saro_jax.generation.programs import sizes as cache_slots
 from saro_jax.generation.sampling import Sampling, key_words
 from saro_jax.models import decoder
 from saro_jax.models.architecture import Architecture
-from saro_jax.models.decoder import Cache, Params
+from saro_jax.models.decoder import Params
 from saro_jax.parallel.mesh import row_shards
 
 F32 = jnp.float32
@@ -91,7 +91,7 @@ class _Prompt:
     """A job with its prefilled rows, and the samples that are not in a slot yet."""
 
     job: Job
-    rows: Cache | None
+    rows: Layers | None
     row: int
     waiting: deque[int]
     done: dict[int, Completion] = field(default_factory=dict)
@@ -113,8 +113,9 @@ class Engine:
     """A model in memory with its slots; `run` answers jobs.
 
     slots: sequences that are decoded at a time, raised to a multiple of the mesh's row shards.
-    unroll (None: on one CPU device) decodes layer by layer instead of by a scan: faster there, with
-    a second copy of the weights. tokens: how many were generated so far.
+    unroll (None: on one CPU device) runs layer by layer instead of by a scan, which copies each
+    layer's weights there: up to four times as fast, and longer to compile. tokens: how many were
+    generated so far.
     """
 
     def __init__(
@@ -138,7 +139,9 @@ class Engine:
         self.refill = 1 if cpu else max(1, self.slots // 8)
         self.stops_V = np.isin(np.arange(arch.vocab_size), list(stop_ids))
         params = cast_matrices(params, dtype)
-        self.weights = Weights(params, decoder.unstack_layers(params) if unroll else params)
+        self.params = decoder.unstack_layers(params) if unroll else params
+        # XLA's CPU backend writes into a bfloat16 array by way of a float32 copy of all of it.
+        self.held = F32 if cpu else self.dtype
         self.tokens = 0
         # Over arrays of fewer entries XLA's CPU backend sums in another order, which would show how
         # long the neighbours are in the last bit of a log-prob.
@@ -164,7 +167,7 @@ class Engine:
                 enough = self.refill if more else self.slots
                 self._cache, made = programs.burst(
                     self.arch,
-                    self.weights,
+                    self.params,
                     self._cache,
                     slots,
                     self.stops_V,
@@ -219,13 +222,15 @@ class Engine:
             tokens_PT = np.zeros((self.prompts, cache_slots(longest)), np.int32)
             for row, job in zip(tokens_PT, jobs, strict=False):
                 row[: len(job.prompt) - 1] = job.prompt[:-1]
-            rows = programs.prefill(self.arch, self.weights.prefill, tokens_PT, dtype=self.dtype)
+            rows = programs.prefill(
+                self.arch, self.params, tokens_PT, dtype=self.dtype, held=self.held
+            )
         return [
             _Prompt(job, rows, row, deque(range(len(job.numbers)))) for row, job in enumerate(jobs)
         ]
 
-    def _place(self, rows: Cache, placed: list[tuple[int, int]]) -> None:
-        self._grow(rows.k.shape[-2])
+    def _place(self, rows: Layers, placed: list[tuple[int, int]]) -> None:
+        self._grow(jax.tree.leaves(rows)[0].shape[-2])
         # One sample at a time, or on a mesh, where a copy takes as long as all of them, as many as
         # there are slots: so that no number of samples compiles a program of its own.
         step = 1 if self.mesh is None else self.slots
@@ -251,7 +256,7 @@ class Engine:
         if self._cache is None:
             self._size = size
             self._cache = programs.empty(
-                self.arch, slots=self.slots, size=size, dtype=self.dtype, unroll=self.unroll
+                self.arch, slots=self.slots, size=size, dtype=self.held, unroll=self.unroll
             )
         elif size > self._size:
             self._size = size

@@ -34,13 +34,6 @@ NONE = -1
 Layers = Cache | tuple[Cache, ...]
 
 
-class Weights(NamedTuple):
-    """The same parameters for the two phases: layers stacked, and perhaps unstacked."""
-
-    prefill: Params
-    decode: Params
-
-
 class Slots(NamedTuple):
     """What the decode loop knows of each slot; between bursts it lies on the host.
 
@@ -111,9 +104,11 @@ def empty(arch: Architecture, *, slots: int, size: int, dtype: Any, unroll: bool
     return _laid_out(decoder.unstack(cache, arch.num_layers) if unroll else cache)
 
 
-@partial(jax.jit, static_argnames=("arch", "dtype"))
-def prefill(arch: Architecture, params: Params, tokens_PT: jax.Array, *, dtype: Any) -> Cache:
-    """Keys and values of right-padded prompts, [L, P, K, T, H] each."""
+@partial(jax.jit, static_argnames=("arch", "dtype", "held"))
+def prefill(
+    arch: Architecture, params: Params, tokens_PT: jax.Array, *, dtype: Any, held: Any
+) -> Layers:
+    """Keys and values of right-padded prompts, in `held`, [L, P, K, T, H] or apart by layer."""
     P_, T = tokens_PT.shape
     parts = prefill_parts(T)
     C = T // parts
@@ -124,28 +119,23 @@ def prefill(arch: Architecture, params: Params, tokens_PT: jax.Array, *, dtype: 
         return decoder.decode(arch, params, tokens_PC, position_PC, cache, dtype=dtype)[1]
 
     with jax.named_scope("prefill"):
-        start = _laid_out(decoder.empty_cache(arch, P_, T, dtype))
-        return lax.fori_loop(0, parts, part, start)  # type: ignore[return-value]
+        start = decoder.empty_cache(arch, P_, T, held)
+        if isinstance(params["model"]["layers"], tuple):
+            start = decoder.unstack(start, arch.num_layers)
+        return lax.fori_loop(0, parts, part, _laid_out(start))
 
 
 @partial(jax.jit, donate_argnums=0)
-def place(cache: Layers, prompts: Cache, slot_A: jax.Array, source_A: jax.Array) -> Layers:
+def place(cache: Layers, prompts: Layers, slot_A: jax.Array, source_A: jax.Array) -> Layers:
     """Copy the prompts' rows source_A into slot_A of the cache; a slot past the last is dropped."""
 
-    def copied(old, rows, layer: tuple):
-        T = rows.shape[-2]
-        return old.at[(*layer, slot_A, slice(None), slice(T))].set(rows, mode="drop")
+    def copied(old, rows):
+        layers = (slice(None),) * (old.ndim - 4)
+        new = jnp.take(rows, source_A, axis=rows.ndim - 4)
+        at = (*layers, slot_A, slice(None), slice(rows.shape[-2]))
+        return old.at[at].set(new, mode="drop")
 
-    taken = Cache(*(jnp.take(x, source_A, axis=1) for x in prompts))
-    if isinstance(cache, Cache):
-        new = Cache(*(copied(old, x, (slice(None),)) for old, x in zip(cache, taken, strict=True)))
-        return _laid_out(new)
-    return _laid_out(
-        tuple(
-            Cache(*(copied(old, x[i], ()) for old, x in zip(layer, taken, strict=True)))
-            for i, layer in enumerate(cache)
-        )
-    )
+    return _laid_out(jax.tree.map(copied, cache, prompts))
 
 
 @partial(jax.jit, static_argnames="size")
@@ -162,7 +152,7 @@ def resize(cache: Layers, *, size: int) -> Layers:
 @partial(jax.jit, static_argnames=("arch", "dtype"), donate_argnums=2)
 def burst(
     arch: Architecture,
-    weights: Weights,
+    params: Params,
     cache: Layers,
     slots: Slots,
     stops_V: jax.Array,
@@ -187,14 +177,14 @@ def burst(
         step, cache, (slots, ids_BW, logps_BW, count_B, stopped_B) = carry
         hidden_BTD, cache = decoder.decode(
             arch,
-            weights.decode,
+            params,
             slots.token_B[:, None],
             slots.position_B[:, None],
             cache,
             dtype=dtype,
         )
         with jax.named_scope("logits"):
-            logits_BV = decoder.logits(arch, weights.prefill, hidden_BTD[:, 0])
+            logits_BV = decoder.logits(arch, params, hidden_BTD[:, 0])
         with jax.named_scope("sample"):
             key_B = jax.random.wrap_key_data(slots.key_B2, impl="threefry2x32")
             key_B = jax.vmap(jax.random.fold_in)(key_B, slots.made_B)

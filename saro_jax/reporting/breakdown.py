@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 
-from saro_jax.evaluation.results import METRICS, Cost, Rate, Results
+from saro_jax.evaluation.results import Cost, Rate, Results
 from saro_jax.records import KINDS
 from saro_jax.reporting import charts
 from saro_jax.reporting.comparison import (
     SCORES,
     WEAK,
-    headline_metrics,
+    Row,
+    headline_rows,
     rate_cell,
     styles,
+    titled,
     views,
 )
 from saro_jax.reporting.tables import (
@@ -29,19 +31,19 @@ from saro_jax.reporting.tables import (
 def all_metrics(results: Results) -> Table:
     """Every rate over whole benchmarks and over kinds of prompts."""
     names = list(styles(results))
-    found: dict[tuple[str, str, str, str], dict[str, Rate]] = {}
+    found: dict[tuple[str, str, Row, str], dict[str, Rate]] = {}
     for rate in results.rates:
         if rate.category is None and rate.attack is None:
-            key = (rate.benchmark, rate.view, rate.metric, rate.kind or "all")
+            row = (rate.metric, rate.judge)
+            key = (rate.benchmark, rate.view, row, rate.kind or "all")
             found.setdefault(key, {})[rate.model] = rate
     titles = {bench.name: bench.title for bench in results.benchmarks}
     rows = []
-    for (benchmark, view, metric, kind), by_model in found.items():
+    for (benchmark, view, (metric, judge), kind), by_model in found.items():
         weak = any(rate.weak for rate in by_model.values())
-        title = METRICS[metric].title if metric in METRICS else metric
-        head = cells(
-            titles.get(benchmark, benchmark), view, Cell(title, badge=WEAK if weak else ""), kind
-        )
+        title = titled(metric)
+        said = Cell(title, (f"by {judge}",) if judge else (), badge=WEAK if weak else "")
+        head = cells(titles.get(benchmark, benchmark), view, said, kind)
         some = [by_model.get(name) for name in names]
         n = max(rate.n for rate in by_model.values())
         rows.append([*head, Cell(f"{n:,}"), *(rate_cell(rate) for rate in some)])
@@ -55,6 +57,28 @@ def all_metrics(results: Results) -> Table:
         note="95 % intervals in brackets. rates.csv has categories and attacks too.",
         fold=True,
     )
+
+
+def seeds(results: Results) -> list[Table]:
+    """Rates over the training seeds of one recipe; no table where there was one seed."""
+    titles = {bench.name: bench.title for bench in results.benchmarks}
+    rows = [
+        [
+            *cells(r.model, titles.get(r.benchmark, r.benchmark), r.view),
+            Cell(
+                titled(r.metric),
+                (f"by {r.judge}",) if r.judge else (),
+                badge=WEAK if r.weak else "",
+            ),
+            *(Cell(f"{r.n:,}"), rate_cell(r)),
+        ]
+        for r in results.seeds
+        if r.kind is None and r.category is None and r.attack is None
+    ]
+    columns = ["recipe", "benchmark", "view", "metric", "n", "over all seeds"]
+    note = "Intervals are of both, seeds and prompts: what another training run would give."
+    table = Table("seeds", "Over training seeds", columns, rows, heads=4, note=note, fold=True)
+    return [table] if rows else []
 
 
 def costs(results: Results) -> Section:
@@ -80,6 +104,7 @@ def costs(results: Results) -> Section:
         [*heads, "n", "mean", "reasoning", "answer", "p95", "overhead"],
         rows,
         heads=len(heads),
+        fold=len(rows) > 24,
         note="Generated tokens; p95: 95th percentile; overhead: mean over the baseline's mean, "
         "less 1, with its 95 % interval. A mean over all kinds would hide their mix.",
     )
@@ -132,12 +157,12 @@ def categories(results: Results) -> Section:
     tables = []
     for bench in results.benchmarks:
         for view in views(results, bench.name):
-            for metric in headline_metrics(results, bench, view):
+            for metric, judge in headline_rows(results, bench, view):
                 for what in ("category", "attack") if metric != "incomplete" else ():
                     found: dict[str, dict[str, Rate]] = {}
                     for r in results.rates:
-                        label = getattr(r, what)
-                        if (r.benchmark, r.view, r.metric) == (bench.name, view, metric) and label:
+                        label, mine = getattr(r, what), (r.benchmark, r.view, r.metric, r.judge)
+                        if label and mine == (bench.name, view, metric, judge):
                             found.setdefault(label, {})[r.model] = r
                     if not found:
                         continue
@@ -147,7 +172,9 @@ def categories(results: Results) -> Section:
                         + [_heat(by.get(name)) for name in names]
                         for label, by in found.items()
                     ]
-                    title = f"{bench.title}: {METRICS[metric].title}, by {what}"
+                    title = f"{bench.title}: {titled(metric)}"
+                    title += f" by {judge}" if judge else ""
+                    title += f", by {what}"
                     title += f" ({view})" if len(views(results, bench.name)) > 1 else ""
                     tables.append(
                         Table(
@@ -183,7 +210,7 @@ def judges(results: Results) -> Section:
     if results.agreement:
         rows = [
             cells(
-                *(a.judge_a, a.judge_b, f"{a.n:,}", share(a.equal)),
+                *(a.judge_a, a.judge_b, a.about, f"{a.n:,}", share(a.equal)),
                 DASH if a.kappa is None else f"{a.kappa:.2f}".replace("-", "\N{MINUS SIGN}"),
             )
             for a in results.agreement
@@ -192,19 +219,18 @@ def judges(results: Results) -> Section:
             Table(
                 "agreement",
                 "Agreement of judges on the same texts",
-                ["judge", "judge", "n", "equal", "Cohen's \N{GREEK SMALL LETTER KAPPA}"],
+                ["judge", "judge", "about", "n", "equal", "Cohen's \N{GREEK SMALL LETTER KAPPA}"],
                 rows,
-                heads=2,
+                heads=3,
             )
         )
     if results.audit:
         rows = [
             [
-                *cells(
-                    a.model,
-                    a.benchmark,
-                    a.kind,
-                    METRICS[a.metric].title if a.metric in METRICS else a.metric,
+                *cells(a.model, f"{a.benchmark}, {a.view}", a.kind),
+                Cell(
+                    titled(a.metric),
+                    (f"by {a.judge}",) if a.judge else (),
                 ),
                 *cells(f"{a.labelled:,}", share(a.agree), a.missed, a.false_alarms),
                 *cells(share(a.judge_share), Cell(share(a.share), (between(a.low, a.high),))),

@@ -12,6 +12,7 @@ from saro_jax.reporting.svg import (
     COLOURS,
     DASHES,
     Frame,
+    clipped,
     element,
     frame,
     mark,
@@ -28,16 +29,6 @@ from saro_jax.reporting.svg import (
 WIDTH, HEIGHT = 350, 265  # about what a chart has on the page, so that text keeps its size
 MOST_POINTS = 160  # of a line; more are averaged in groups
 MOST_MARKS = 26  # of a line: beyond them marks and titles of single points are left out
-
-
-@dataclass(frozen=True)
-class Point:
-    """A model in the plane, each coordinate with the ends of its interval."""
-
-    name: str
-    style: int
-    x: tuple[float, float, float]
-    y: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -102,117 +93,6 @@ def legend(names: Sequence[tuple[str, int]], lines: bool = False, dashes: bool =
         )
         items.append(element("li", key, name))
     return element("ul", *items, class_="legend") if items else Markup("")
-
-
-def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which points no other beats: none is lower in one coordinate and no higher in the other."""
-
-    def beats(a: tuple[float, float], b: tuple[float, float]) -> bool:
-        return a[0] <= b[0] and a[1] <= b[1] and a != b
-
-    return [i for i, one in enumerate(points) if not any(beats(other, one) for other in points)]
-
-
-def plane(title: str, about: str, points: Sequence[Point], x_label: str, y_label: str) -> Markup:
-    """Two shares of each model, lower is better in both, with the front of those not beaten."""
-    top_x = min(1.0, max(0.1, *(p.x[2] for p in points)) * 1.04)
-    top_y = min(1.0, max(0.1, *(p.y[2] for p in points)) * 1.04)
-    x_marks = [(v, percent(v)) for v in ticks(0, top_x, 5)]
-    y_marks = [(v, percent(v)) for v in ticks(0, top_y, 5)]
-    plot = frame(
-        WIDTH, HEIGHT + 30, (0, top_x), (0, top_y), [label for _, label in y_marks], right=22
-    )
-    best = sorted((points[i].x[0], points[i].y[0]) for i in _front(points))
-    stairs = [(best[0][0], top_y)] if best else []
-    for (x, y), following in zip(best, [*best[1:], None], strict=True):
-        stairs.append((x, y))
-        stairs.append((following[0], y) if following else (top_x, y))
-    places = [(plot.x(x), plot.y(y)) for x, y in stairs]
-    floor = [(plot.x.end, plot.y.end)]
-    parts = [
-        plot.axes(x_label, y_label, x_marks, y_marks),
-        element("path", d=path([*places, *floor]) + "Z", class_="beaten") if places else Markup(""),
-        element("path", d=path(places), class_="front") if places else Markup(""),
-        _better(plot),
-    ]
-    labels = _labels(plot, points)
-    front = set(_front(points))
-    for i, point in enumerate(points):
-        x, y = plot.x(point.x[0]), plot.y(point.y[0])
-        words = (
-            f"{point.name}: {x_label} {percent(point.x[0], 1)} "
-            f"[{percent(point.x[1], 1)}, {percent(point.x[2], 1)}], {y_label} "
-            f"{percent(point.y[0], 1)} [{percent(point.y[1], 1)}, {percent(point.y[2], 1)}]"
-            + ("; on the Pareto front" if i in front else "")
-        )
-        across = f"M{number(plot.x(point.x[1]))} {number(y)}H{number(plot.x(point.x[2]))}"
-        along = f"M{number(x)} {number(plot.y(point.y[1]))}V{number(plot.y(point.y[2]))}"
-        at, anchor = labels[i]
-        parts.append(
-            element(
-                "g",
-                element("title", words),
-                element("path", d=across + along, class_="error"),
-                mark(point.style, x, y, 6.5, class_="fill" if i in front else "hollow"),
-                text(*at, point.name, "label" + (" strong" if i in front else ""), anchor),
-                class_=colour(point.style),
-            )
-        )
-    return picture(plot.width, plot.height, title, about, *parts)
-
-
-def _front(points: Sequence[Point]) -> list[int]:
-    return pareto([(point.x[0], point.y[0]) for point in points])
-
-
-def _better(plot: Frame) -> Markup:
-    """The direction in which models are better: towards the origin."""
-    x, y = plot.x.start + 8, plot.y.start - 8
-    arrow = f"M{number(x + 15)} {number(y - 15)}L{number(x)} {number(y)}m0 -7v7h7"
-    return element(
-        "g",
-        element("path", d=arrow, class_="arrow"),
-        text(x + 19, y - 13, "better", "hint"),
-        aria_hidden="true",
-    )
-
-
-def _labels(plot: Frame, points: Sequence[Point]) -> list[tuple[tuple[float, float], str]]:
-    """A place for each point's name: beside it, and where it covers no other name or mark."""
-    taken = [
-        (plot.x(p.x[0]) - 8, plot.y(p.y[0]) - 8, plot.x(p.x[0]) + 8, plot.y(p.y[0]) + 8)
-        for p in points
-    ]
-    taken.append((plot.x.start, plot.y.start - 34, plot.x.start + 70, plot.y.start))
-    found = []
-    for point in points:
-        x, y, wide = plot.x(point.x[0]), plot.y(point.y[0]), CHARACTER * 1.08 * len(point.name)
-        offers = [
-            (dx, dy, anchor)
-            for reach in (0, 14, 28, 42, 56)
-            for dx, dy, anchor in (
-                *((11, -7 - reach, "start"), (11, 15 + reach, "start")),
-                *((-11, -7 - reach, "end"), (-11, 15 + reach, "end")),
-            )
-        ]
-        best: tuple[float, tuple[float, float], str, tuple[float, ...]] | None = None
-        for cost, (dx, dy, anchor) in enumerate(offers):
-            left = x + dx - (wide if anchor == "end" else 0)
-            box = (left, y + dy - 11, left + wide, y + dy + 3)
-            inside = box[0] >= plot.x.start - 20 and box[2] <= plot.width and box[1] >= 12
-            inside = inside and box[3] <= plot.y.start
-            hits = sum(_meet(box, other) for other in taken)
-            score = cost + 100 * hits + (0 if inside else 1000)
-            if best is None or score < best[0]:
-                best = (score, (x + dx, y + dy), anchor, box)
-        assert best is not None
-        taken.append(best[3])  # type: ignore[arg-type]
-        found.append((best[1], best[2]))
-    return found
-
-
-def _meet(a: Sequence[float], b: Sequence[float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def lines(
@@ -337,7 +217,7 @@ def intervals(
     y = 4.0
     for row in rows:
         if row.name:
-            parts.append(text(0, y + 15, row.name, "label"))
+            parts.append(text(0, y + 15, clipped(row.name, 52), "label"))
             y += 24
         whisker = (
             f"M{number(plot.x(row.low * scale))} {number(y + 5)}H{number(plot.x(row.high * scale))}"
@@ -369,7 +249,7 @@ def bars(
     most = max((sum(bar.parts) for _, members in groups for bar in members), default=1.0) or 1.0
     longest = max((len(bar.name) for _, members in groups for bar in members), default=0)
     note = max((len(bar.note) for _, members in groups for bar in members), default=0)
-    left = min(170.0, 14 + CHARACTER * longest)
+    left = min(14 + CHARACTER * 20, 14 + CHARACTER * longest)
     height = 18 + sum(24 + 20 * len(members) for _, members in groups) + 46
     plot = frame(WIDTH, height, (0, most), (0, 1), [], top=0)
     right = WIDTH - 14 - CHARACTER * note
@@ -382,12 +262,11 @@ def bars(
         for bar in members:
             start, middle = plot.x(0), plot.x(bar.parts[0])
             end = plot.x(sum(bar.parts))
-            words = bar.name if len(bar.name) <= 24 else bar.name[:23] + "\N{HORIZONTAL ELLIPSIS}"
             parts.append(
                 element(
                     "g",
                     element("title", bar.title),
-                    text(left - 9, y + 12, words, "tick ink", "end"),
+                    text(left - 9, y + 12, clipped(bar.name, 20), "tick ink", "end"),
                     element(
                         "rect", x=start, y=y + 2, width=middle - start, height=13.0, class_="fill"
                     ),

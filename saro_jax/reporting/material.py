@@ -200,6 +200,7 @@ def join_evaluations(found: Sequence[tuple[Path, Results]]) -> Results:
         rates=tuple(rate for one in whole for rate in one.rates),
         differences=tuple(d for one in whole for d in one.differences),
         costs=tuple(cost for one in whole for cost in one.costs),
+        seeds=tuple(rate for one in whole for rate in one.seeds),
         agreement=tuple(a for one in whole for a in one.agreement),
         audit=tuple(audits) if any(one.audit is not None for one in whole) else None,
     )

@@ -4,6 +4,7 @@
 (() => {
   const byId = (id) => document.getElementById(id);
   const PAGE = 20;
+  const MOST_CHIPS = 5; // beyond them a prompt's outcomes are counted
   const HARMFUL = new Set(["harmful", "jailbreak"]);
 
   function make(tag, className, text) {
@@ -156,6 +157,16 @@
     return make("span", "chip" + (good > 0 ? " good" : good < 0 ? " bad" : ""), text);
   }
 
+  function tally(item, mine) {
+    const counts = new Map([[1, 0], [-1, 0], [0, 0]]);
+    for (const one of mine) counts.set(wanted(item, one), counts.get(wanted(item, one)) + 1);
+    const made = [];
+    if (counts.get(1)) made.push(make("span", "chip good", `\u2713 ${counts.get(1)} as wanted`));
+    if (counts.get(-1)) made.push(make("span", "chip bad", `\u2717 ${counts.get(-1)} not`));
+    if (counts.get(0)) made.push(make("span", "chip", `${counts.get(0)} incomplete or partial`));
+    return made;
+  }
+
   function draw() {
     const start = page * PAGE;
     list.replaceChildren(...shown.slice(start, start + PAGE).map(entry));
@@ -175,7 +186,8 @@
     if (data.views.length > 1) facts.push(data.views[item.view]);
     title.append(make("span", "meta", facts.filter(Boolean).join(" \u00B7 ")));
     const chips = make("span", "chips");
-    for (const one of mine) chips.append(chip(item, one, true));
+    if (mine.length <= MOST_CHIPS) for (const one of mine) chips.append(chip(item, one, true));
+    else chips.append(...tally(item, mine));
     head.append(title, chips);
     node.append(head);
     node.addEventListener("toggle", () => { if (node.open && node.childElementCount === 1) node.append(opened(item, mine)); });

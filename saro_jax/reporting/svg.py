@@ -89,10 +89,10 @@ def padded(values: Sequence[float], least: float = 1e-9) -> tuple[float, float]:
     return low - room, high + room
 
 
-def mark(shape: int, x: float, y: float, size: float = 4.5, **attributes: str | None) -> Markup:
-    """One of eight marks, told apart without colour."""
-    r = size
-    if shape % 8 == 0:
+def mark(style: int, x: float, y: float, size: float = 4.5, **attributes: str | None) -> Markup:
+    """One of eight marks, told apart without colour; the ninth style's differs from the first's."""
+    r, shape = size, (style + style // COLOURS) % 8
+    if shape == 0:
         return element("circle", cx=x, cy=y, r=r, **attributes)
     return element("path", d=outline(shape, x, y, r), **attributes)
 
@@ -186,6 +186,11 @@ def picture(width: float, height: float, title: str, about: str, *inner: str) ->
         aria_label=f"{title}. {about}",
         preserveAspectRatio="xMidYMid meet",
     )
+
+
+def clipped(words: str, most: int) -> str:
+    """Text of at most so many characters."""
+    return words if len(words) <= most else words[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def path(points: Sequence[tuple[float, float]]) -> str:

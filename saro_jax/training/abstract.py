@@ -297,7 +297,7 @@ def _sample(
         "prefill",
         programs.prefill,
         (arch, params, _scalar(mesh, jnp.int32, (at_once, length))),
-        {"dtype": dtype},
+        {"dtype": dtype, "held": dtype},
         math.ceil(batch / at_once),
         {"prefill/while": programs.prefill_parts(length)},
     )
@@ -306,7 +306,7 @@ def _sample(
         programs.burst,
         (
             arch,
-            programs.Weights(params, params),
+            params,
             cache,
             state,
             _scalar(mesh, jnp.bool_, (arch.vocab_size,)),

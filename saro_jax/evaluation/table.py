@@ -1,0 +1,145 @@
+"""Owns how the numbers of an evaluation look as text."""
+
+from saro_jax.evaluation.results import METRICS, Difference, Rate, Results
+
+# Rows of the headline table, where a benchmark has them.
+SHOWN = (
+    "asr_answer",
+    "asr_reasoning",
+    "asr_any",
+    "strongreject",
+    "non_refusal",
+    "over_refusal",
+    "over_refusal_strict",
+    "accuracy",
+    "recovery",
+    "incomplete",
+    "forced",
+    "well_formed",
+    "reflection",
+)
+
+
+def headline(results: Results) -> str:
+    """Benchmarks by models: percent with 95 % intervals, then tokens by kind of prompt.
+
+    * stands where the difference to the baseline holds after Holm's correction, ~ where the metric
+    is that of a judge which cannot tell it.
+    """
+    names = [model.name for model in results.models]
+    wide = max(26, *(len(name) + 2 for name in names))
+    head = f"{'':<44}{'n':>6}  " + "".join(f"{name:<{wide}}" for name in names)
+    lines = [head.rstrip()]
+    rates = {
+        (r.benchmark, r.view, r.metric, r.judge, r.model): r
+        for r in results.rates
+        if r.kind is None and r.category is None and r.attack is None
+    }
+    views = list(dict.fromkeys(rate.view for rate in results.rates))
+    for benchmark in results.benchmarks:
+        for view in views:
+            keys = [key for key in rates if key[:2] == (benchmark.name, view)]
+            rows = list(dict.fromkeys(key[2:4] for key in keys if key[2] in SHOWN))
+            rows.sort(key=lambda row: (row[0] != benchmark.metric, SHOWN.index(row[0])))
+            title = benchmark.title if len(views) == 1 else f"{benchmark.title}, {view}"
+            if rows:
+                lines += ["", title]
+            for metric, judge in rows:
+                mine = [rates.get((benchmark.name, view, metric, judge, name)) for name in names]
+                lines.append(_row(results, metric, judge, mine, wide))
+    lines += ["", *_costs(results, views, names, wide)]
+    lines += ["", "percent [95 % interval]; * differs from " + results.baseline]
+    lines[-1] += " (Holm-corrected p < 0.05)"
+    if any(rate.weak for rate in results.rates):
+        lines.append(
+            "~ weak: no judge of harm; by refusal alone, an answer that refuses not counts"
+        )
+    for row in results.differences:
+        if row.a == results.baseline and row.verdict:
+            lines.append(
+                f"{row.b}: {row.benchmark} accuracy {100 * row.delta:+.1f} points "
+                f"[{100 * row.low:.1f}, {100 * row.high:.1f}] against {row.a}: {row.verdict}"
+            )
+    lines.append(_detectable(results))
+    for one in results.agreement:
+        k = "undefined" if one.kappa is None else f"{one.kappa:.2f}"
+        lines.append(
+            f"{one.judge_a} and {one.judge_b} on {one.about}: {one.n} texts, "
+            f"{100 * one.equal:.1f} % equal, kappa {k}"
+        )
+    for row in results.audit or ():
+        lines.append(
+            f"audit of {row.model} on {row.benchmark}, {row.kind}: {METRICS[row.metric].title} "
+            f"{100 * row.judge_share:.1f} by the judge, {100 * row.share:.1f} "
+            f"[{100 * row.low:.1f}, {100 * row.high:.1f}] with {row.labelled} labels"
+        )
+    return "\n".join(line for line in lines if line is not None).rstrip()
+
+
+def _row(
+    results: Results, metric: str, judge: str | None, rates: list[Rate | None], wide: int
+) -> str:
+    first = next(rate for rate in rates if rate)
+    by = f" ({judge})" if judge not in (None, "refusal") else ""
+    mark = " ~" if first.weak else ""
+    cells = []
+    for rate in rates:
+        if rate is None:
+            cells.append("-")
+            continue
+        star = "*" if _holds(results, rate) else ""
+        cells.append(f"{100 * rate.share:5.1f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]{star}")
+    title = f"  {METRICS[metric].title}{by}{mark}"
+    return f"{title:<44}{first.n:>6}  " + "".join(f"{cell:<{wide}}" for cell in cells).rstrip()
+
+
+def against_baseline(results: Results, rate: Rate) -> Difference | None:
+    """The difference of a rate to the baseline's."""
+    for one in results.differences:
+        same = (one.benchmark, one.view, one.metric, one.judge)
+        if same == (rate.benchmark, rate.view, rate.metric, rate.judge) and (one.a, one.b) == (
+            results.baseline,
+            rate.model,
+        ):
+            return one
+    return None
+
+
+def _holds(results: Results, rate: Rate) -> bool:
+    difference = against_baseline(results, rate)
+    return difference is not None and difference.p_holm < 0.05
+
+
+def _costs(results: Results, views: list[str], names: list[str], wide: int) -> list[str]:
+    costs = {(c.view, c.kind, c.model): c for c in results.costs if c.benchmark is None}
+    lines = ["mean tokens (thought, answer) and overhead"]
+    for view in views:
+        for kind in dict.fromkeys(kind for v, kind, _ in costs if v == view):
+            mine = [costs.get((view, kind, name)) for name in names]
+            first = next(cost for cost in mine if cost)
+            cells = []
+            for cost in mine:
+                if cost is None:
+                    cells.append("-")
+                    continue
+                over = f" {100 * cost.overhead.ratio:+.0f} %" if cost.overhead else ""
+                cells.append(
+                    f"{cost.mean_tokens:.0f} ({cost.mean_reasoning_tokens:.0f}, "
+                    f"{cost.mean_answer_tokens:.0f}){over}"
+                )
+            title = f"  {kind}" if len(views) == 1 else f"  {kind}, {view}"
+            row = f"{title:<44}{first.n:>6}  " + "".join(f"{cell:<{wide}}" for cell in cells)
+            lines.append(row.rstrip())
+    return lines
+
+
+def _detectable(results: Results) -> str:
+    if not results.differences:
+        return ""
+    parts = []
+    for benchmark in results.benchmarks:
+        mine = [one for one in results.differences if one.benchmark == benchmark.name]
+        main = [one for one in mine if one.metric in (benchmark.metric, "non_refusal")] or mine
+        if main:
+            parts.append(f"{benchmark.name} {100 * max(one.mde for one in main):.1f}")
+    return "differences that 80 % power would find, points: " + ", ".join(parts)
