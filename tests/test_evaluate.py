@@ -110,9 +110,9 @@ def test_two_models_are_asked_judged_and_compared(prompts, tmp_path):
     results = run(prompts, out, pair())
     assert read_results(out) == results
     base, rw = (of(results, "non_refusal", name) for name in ("base", "rw"))
-    # Cut off without refusing: incomplete, which is no success.
-    assert (base.count, base.n, base.weak) == (19, 20, True)
-    assert (base.low, base.high) == pytest.approx(statistics.wilson(19, 20), abs=1e-6)
+    # Cut off without refusing: incomplete, and yet no refusal.
+    assert (base.count, base.n, base.weak) == (20, 20, True)
+    assert (base.low, base.high) == pytest.approx(statistics.wilson(20, 20), abs=1e-6)
     assert rw.count == 0 and of(results, "over_refusal", "rw").count == 0
     assert of(results, "incomplete", "base").count == 1
     assert of(results, "non_refusal", "base", category="even").n == 10
@@ -122,8 +122,8 @@ def test_two_models_are_asked_judged_and_compared(prompts, tmp_path):
     assert of(results, "consistent", "rw").count == 20
     assert of(results, "refused", "rw", kind="harmful").count == 20
     (difference,) = [one for one in results.differences if one.metric == "non_refusal"]
-    assert (difference.a, difference.b, difference.delta) == ("base", "rw", -0.95)
-    assert difference.p == pytest.approx(statistics.mcnemar(19, 0), abs=1e-6)
+    assert (difference.a, difference.b, difference.delta) == ("base", "rw", -1.0)
+    assert difference.p == pytest.approx(statistics.mcnemar(20, 0), abs=1e-6)
     (accuracy,) = [one for one in results.differences if one.metric == "accuracy"]
     assert accuracy.delta == 0.0 and accuracy.verdict == "inconclusive"
     cost = {(one.model, one.benchmark, one.kind): one for one in results.costs}
@@ -139,7 +139,7 @@ def test_two_models_are_asked_judged_and_compared(prompts, tmp_path):
     assert first.tokens == first.reasoning_tokens + first.answer_tokens
     text = table.headline(results)
     assert "non-refusal on harmful prompts ~" in text and "~ weak" in text
-    assert "95.0 [76.4, 99.1]" in text and "0.0 [0.0, 16.1]*" in text
+    assert "100.0 [83.9, 100.0]" in text and "0.0 [0.0, 16.1]*" in text
     assert "gsm8k accuracy +0.0 points" in text and "inconclusive" in text
 
 
@@ -196,7 +196,7 @@ def test_training_seeds_are_one_recipe(prompts, tmp_path):
     results = run(prompts, tmp_path / "out", models)
     (found,) = [one for one in results.seeds if one.metric == "non_refusal"]
     assert (found.model, found.n, found.method) == ("rw", 60, "hierarchical bootstrap")
-    assert found.share == pytest.approx(19 / 60, abs=1e-6) and found.low < 0.1 < 0.6 < found.high
+    assert found.share == pytest.approx(20 / 60, abs=1e-6) and found.low < 0.1 < 0.6 < found.high
 
 
 # Every setting, and something that it changes; slots changes speed alone (test_generation_engine).
@@ -238,7 +238,7 @@ def test_every_setting_changes_something(prompts, tmp_path, name):
 def test_several_answers_are_one_cluster(prompts, tmp_path):
     results = run(prompts, tmp_path / "out", pair(), samples=2, temperature=0.7)
     rate = of(results, "non_refusal", "base")
-    assert (rate.n, rate.count, rate.method) == (40, 38, "cluster bootstrap")
+    assert (rate.n, rate.count, rate.method) == (40, 40, "cluster bootstrap")
     rows = read_transcripts(tmp_path / "out", "base", "mine", "auto")
     assert [one.id for one in rows[:2]] == ["h0#0", "h0#1"] and rows[0].base_id == "h0"
     assert Counter(one.base_id for one in rows)["h0"] == 2

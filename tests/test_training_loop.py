@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from saro_jax import train
-from saro_jax.training import loop
+from saro_jax.training import loop, reference
 
 FALL = ("--srpo.loss=apo_down", "--train.steps=12", "--train.save_every=1", "--train.keep=7")
 FALL += ("--srpo.max_chosen_drop=4.5",)
@@ -165,7 +165,7 @@ def test_a_reference_is_mixed_and_goes_on_after_a_stop(tmp_path):
 
 @pytest.mark.usefixtures("no_comparison")
 def test_a_loss_without_reference_touches_no_store(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "score_items", None)
+    monkeypatch.setattr(reference, "score_items", None)
     cache = f"--srpo.reference_cache={tmp_path}/cache"
     for loss in ("simpo", "orpo"):
         out = tmp_path / loss
