@@ -48,8 +48,8 @@ def echo(sent: dict[str, Any]) -> dict[str, Any]:
 class Server(ThreadingHTTPServer):
     """`plan` gives the faults of a request's first attempts, `answer` the reply after them.
 
-    `asked` and `delivered` count by `key`; `hold`, where set, keeps all others waiting once so many
-    were begun.
+    `asked` and `delivered` count by `key`; `hold`, where set, keeps further replies waiting once so
+    many were begun; faults pass.
     """
 
     daemon_threads = True
@@ -103,16 +103,16 @@ class Handler(BaseHTTPRequestHandler):
             server.bodies.append(sent)
             server.headers.append({k.lower(): v for k, v in self.headers.items()})
             most = server.hold
-            if most is not None and not server.go.is_set():
+            fault = faults[attempt] if attempt < len(faults) else None
+            if most is not None and fault is None and not server.go.is_set():
                 server.lock.wait_for(lambda: server.go.is_set() or server.begun < most)
                 if self._gone():
                     self.close_connection = True
                     return
-            server.begun += 1
+            server.begun += fault is None
             server.running += 1
             server.most = max(server.most, server.running)
         try:
-            fault = faults[attempt] if attempt < len(faults) else None
             made = None if fault in BEFORE else server.answer(sent)
             if self._give(fault, made, bool(sent.get("stream"))):
                 with server.lock:

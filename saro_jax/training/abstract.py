@@ -70,7 +70,7 @@ def architecture(config: Config) -> Architecture:
 
 
 def _work(row_length: int, longest: int, stage: str, layout: str) -> Work:
-    """A row full of sequences of `longest` tokens, or of pairs (see the head of this file)."""
+    """A row full of sequences of `longest` tokens, or of pairs (see compile_check.py)."""
     if stage in ("rw", "sample"):
         whole, rest = divmod(row_length, longest)
         area = whole * longest * (longest + 1) / 2 + rest * (rest + 1) / 2
