@@ -332,6 +332,9 @@ def write_training(folder: Path, stage: str, steps: int = 120, seed: int = 0) ->
                 line[f"{kind}logps/rejected"] = -95 - 30 * done + rng.random()
         if step % 20 == 0:
             line["eval_loss"] = line["loss"] + 0.1
+            for kind, most in (("harmful", 0.9), ("benign", 0.1)):
+                line[f"answers/{kind}/refused"] = most * done
+                line[f"answers/{kind}/complied"] = 1 - most * done
         lines.append(json.dumps(line))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 

@@ -8,10 +8,10 @@ srpo  Safety-oriented Reasoning Process Optimization: DPO on outcome and process
 writes nothing, and exits with 2 where the run cannot work.
 
 The same command continues a run that was stopped. OUT holds config.yaml, provenance.json,
-metrics.jsonl, doctor.jsonl, rejects.jsonl, checkpoints/, tensorboard/ and, at the end, model/: a
-Hugging Face folder, adapters merged in, and with lora.rank adapter/: the same adapters as a PEFT
-folder. Ctrl-C and SIGTERM save and end with exit code 130 and 143. On several hosts the same
-command runs on each (docs/multihost.md).
+metrics.jsonl, doctor.jsonl, rejects.jsonl, checkpoints/, tensorboard/, with train.answers the
+transcripts in answers/ and, at the end, model/: a Hugging Face folder, adapters merged in, and with
+lora.rank adapter/: the same adapters as a PEFT folder. Ctrl-C and SIGTERM save and end with exit
+code 130 and 143. On several hosts the same command runs on each (docs/multihost.md).
 """
 
 import logging
@@ -19,7 +19,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
+from tqdm import tqdm
 
 from saro_jax import config as configuration
 from saro_jax.config import Config, Flag
@@ -35,6 +36,7 @@ from saro_jax.data import inspect, pipeline, rows
 from saro_jax.data.packing import Shape, arrange, blocks, laid_out_length
 from saro_jax.data.rows import Reject, StageKind
 from saro_jax.data.tokenise import Item, digest
+from saro_jax.evaluation import in_training
 from saro_jax.models import decoder, hub, huggingface
 from saro_jax.models.attention import check_kernel
 from saro_jax.parallel import distributed, sharding
@@ -83,6 +85,7 @@ class Prepared:
     training: Read
     evaluation: Read
     steps: int
+    questions: in_training.Questions | None  # of train.answers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -181,6 +184,7 @@ def prepare(config: Config, stage: str) -> Prepared:
     trainable.trained_names(arch, config)  # refuses now what nothing could train with
     tokenizer = chat.load_tokenizer(folder, config.model.chat_template)
     source = Source(folder, arch, tokenizer, mesh, config)
+    questions = _questions(config, arch, tokenizer)
     training = _read(config, stage, source, shape, config.data.train)
     evaluation = _read(config, stage, source, shape, config.data.eval)
     batch_rows = min(config.train.batch_rows, max(1, len(training.items)))
@@ -188,7 +192,7 @@ def prepare(config: Config, stage: str) -> Prepared:
         update={"train": config.train.model_copy(update={"batch_rows": batch_rows})}
     )
     steps = config.train.steps or math.ceil(config.train.epochs * len(training.items) / batch_rows)
-    return Prepared(stage, config, source, shape, training, evaluation, steps)
+    return Prepared(stage, config, source, shape, training, evaluation, steps, questions)
 
 
 def _agree(prepared: Prepared) -> None:
@@ -266,6 +270,7 @@ def _train(prepared: Prepared, out: Path) -> int:
             writer=writer,
             watch=watch,
             evaluation=data.evaluation,
+            answers=_answers(prepared, frozen, out),
             tokens_before=saved.get("num_tokens", 0),
             window_before=saved.get("window", []),
             kind=data.kind,
@@ -331,6 +336,44 @@ def _data(prepared: Prepared, params: Any, kinds: tuple[str, ...]) -> Data:
         evaluation = loop.Evaluation(packed, eval_logps, numbers, eval_mismatches, held_out)
     iterator = pipeline.steps(items, rows_of, shape, config.data.prefetch, own)
     return Data(iterator, logps, _kind_numbers(items, kinds), mismatches, evaluation)
+
+
+def _questions(config: Config, arch: Any, tokenizer: Any) -> in_training.Questions | None:
+    given, tokens = config.train.answers, config.train.answers_tokens
+    if given is None:
+        return None
+    if distributed.several():
+        raise ValueError(
+            f"train.answers={given}: a run on several hosts answers no prompts; leave it at null "
+            "and evaluate its checkpoints"
+        )
+    return in_training.read(given, tokens, arch, tokenizer)
+
+
+def _answers(prepared: Prepared, frozen: Any, out: Path) -> loop.Answers | None:
+    """What the loop calls where train.answers are due: answers, writes and says what came of it."""
+    source, questions, config = prepared.source, prepared.questions, prepared.config
+    if questions is None:
+        return None
+
+    def answers(at: int, trained: Any, look: Callable[[], None]) -> dict[str, float]:
+        params, adapters = trainable.apart(config, trainable.join(trained, frozen))
+        transcripts = in_training.answer(
+            questions,
+            source.arch,
+            params,
+            adapters,
+            source.tokenizer,
+            source.mesh,
+            dtype=config.model.dtype,
+            progress=sys.stderr.isatty(),
+            look=look,
+        )
+        in_training.write(out, at, transcripts)
+        tqdm.write(in_training.line(at, transcripts), file=sys.stdout)
+        return in_training.metrics(transcripts)
+
+    return answers
 
 
 def _with_model(config: Config, stage: str, out: Path) -> Config:

@@ -129,9 +129,9 @@ def test_two_models_are_asked_judged_and_compared(prompts, tmp_path):
     cost = {(one.model, one.benchmark, one.kind): one for one in results.costs}
     tokens = [len(f"<think> {THOUGHT} </think> {ANSWERS}".split()), len(ANSWERS.split())]
     assert cost["rw", "mine", "borderline"].mean_tokens == tokens[0]
-    assert cost["rw", "mine", "borderline"].overhead.ratio == pytest.approx(
-        tokens[0] / tokens[1] - 1, abs=1e-6
-    )
+    overhead = cost["rw", "mine", "borderline"].overhead
+    assert overhead is not None
+    assert overhead.ratio == pytest.approx(tokens[0] / tokens[1] - 1, abs=1e-6)
     assert cost["base", None, "benign"].overhead is None
     first = read_transcripts(out, "rw", "mine", "auto")[0]
     assert first.reasoning == THOUGHT and first.answer == REFUSES and first.decision == "refuse"

@@ -28,7 +28,7 @@ def filled(folder, label):
     for number, row in enumerate(rows):
         row["label"] = label(row, number)
     with open(file, "w", newline="") as target:
-        writer = csv.DictWriter(target, audit.COLUMNS)
+        writer = csv.DictWriter[str](target, audit.COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
     return file, rows
@@ -126,7 +126,7 @@ def test_agreement_is_kappa_over_what_both_judged():
         transcript(
             id=f"{i}",
             verdicts=tuple(
-                Verdict(judge=name, target="answer", label=label)
+                Verdict(judge=name, target="answer", label=label)  # type: ignore[arg-type]
                 for name, label in zip("ab", pair, strict=True)
             ),
         )

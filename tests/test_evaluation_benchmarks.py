@@ -93,7 +93,9 @@ def test_a_published_row_becomes_a_question(tmp_path, name):
 def test_every_entry_is_runnable_here_or_in_lm_eval():
     for name, entry in entries().items():
         if entry.lm_eval:
-            with pytest.raises(ValueError, match=rf"--tasks {entry.lm_eval}"):
+            with pytest.raises(
+                ValueError, match=rf"python -m saro_jax.lm_eval .*--tasks {entry.lm_eval}"
+            ):
                 choose([name], "--b")
         elif entry.source is None:
             with pytest.raises(ValueError, match=f"give its file: {name}=FILE"):

@@ -17,7 +17,7 @@ ORDER = (
     ("pipeline",),
     ("train",),
     ("synthesize", "sample", "judge", "pairs"),
-    ("evaluate", "analyse", "report", "score", "export", "compile_check"),
+    ("evaluate", "analyse", "report", "score", "export", "compile_check", "lm_eval"),
     ("reporting",),
     ("analysis",),
     ("evaluation",),

@@ -179,6 +179,7 @@ def test_what_is_wrong_is_said_in_one_line(argv, message, tmp_path, monkeypatch,
 def test_a_training_run_alone_makes_a_page(folder: Path, tmp_path: Path):
     text = report.run([folder / "srpo"], tmp_path).read_text()
     assert "No evaluation was given" in text and "Reward margin" in text
+    assert "Answers: refused" in text and "harmful from 0.354 to 0.855" in text
     assert 'id="packed"' not in text
 
 

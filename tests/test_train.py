@@ -34,6 +34,8 @@ PAIR_METRICS |= {
 FALL = ("--srpo.loss=apo_down", "--train.steps=9", "--train.save_every=1", "--train.keep=7")
 LONG = ("--train.steps=10", "--train.save_every=5")
 LORA = ("--lora.rank=2",)
+KINDS = ("harmful", "benign", "harmful", "borderline")
+ASKED = [{"id": f"a{i}", "kind": kind, "prompt": f"lock {i}"} for i, kind in enumerate(KINDS)]
 
 
 @pytest.fixture(autouse=True)
@@ -572,6 +574,7 @@ def settings(root: Path) -> dict[str, tuple]:
     data = tiny.folder()
     many = jax.device_count() + 1
     eval_rows = f"--data.eval={data}/sft.jsonl"
+    asked = (f"--train.answers={root}/asked.jsonl", "--train.answers_tokens=4")
     kto = ("--srpo.loss=kto", f"--data.train={root}/unpaired.jsonl")
     return {
         "model.path": ("rw", f"{root}/other"),
@@ -608,6 +611,9 @@ def settings(root: Path) -> dict[str, tuple]:
         "train.keep": ("rw", "1", ("--train.save_every=1",)),
         "train.log_every": ("rw", "2"),
         "train.eval_every": ("rw", "1", (eval_rows,)),
+        "train.answers": ("rw", f"{root}/asked.jsonl"),
+        "train.answers_every": ("rw", "1", asked),
+        "train.answers_tokens": ("rw", "3", asked),
         "train.tensorboard": ("rw", "true"),
         "train.wandb": ("rw", "lab"),
         "optimizer.name": ("rw", "sgd"),
@@ -671,6 +677,7 @@ def test_every_setting_changes_something(name, observed, capsys, monkeypatch):
         tiny.write_rows(root / "split" / "test.jsonl", tiny.SFT[4:])
         tiny.write_rows(root / "bad.jsonl", [*tiny.SFT, {"id": "bad"}])
         tiny.write_rows(root / "unpaired.jsonl", tiny.UNPAIRED)
+        tiny.write_rows(root / "asked.jsonl", ASKED)
         steps = [row | {"chosen": f"{row['chosen']}\n\nmore"} for row in tiny.PAIRS]
         tiny.write_rows(root / "steps.jsonl", steps)
     see = Observed(root, capsys, monkeypatch)

@@ -52,6 +52,10 @@ def check(config: Config) -> None:
                 )
     if train.eval_every and data.eval is None:
         raise ValueError(f"train.eval_every={train.eval_every} needs rows in data.eval")
+    for key in ("answers_every", "answers_tokens"):
+        value = getattr(train, key)
+        if train.answers is None and value != type(train).model_fields[key].default:
+            raise ValueError(f"train.{key}={value} needs prompts in train.answers")
     if optimizer.min_lr_ratio and optimizer.schedule == "constant":
         raise ValueError(
             f"optimizer.min_lr_ratio={optimizer.min_lr_ratio} has no meaning with "

@@ -159,6 +159,19 @@ class TrainConfig(Section):
         ge=0,
         description="optimizer steps between evaluations on data.eval; 0 = after the last only",
     )
+    answers: str | None = Field(
+        default=None,
+        description="prompts (id, kind, prompt) that the model answers while it trains: a JSON "
+        "lines file or quickstart:NAME; null = none",
+    )
+    answers_every: int = Field(
+        default=0,
+        ge=0,
+        description="optimizer steps between such answers; 0 = after the last step only",
+    )
+    answers_tokens: int = Field(
+        default=512, ge=1, description="tokens of such an answer at most, reasoning included"
+    )
     tensorboard: bool = Field(default=True, description="also write metrics for TensorBoard")
     wandb: str | None = Field(
         default=None, description="Weights & Biases project that gets the metrics; null = none"

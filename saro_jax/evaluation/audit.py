@@ -136,7 +136,7 @@ def folded(file: Path, transcripts: Sequence[Transcript]) -> tuple[Audit, ...]:
                             model=model,
                             benchmark=benchmark,
                             view=view,  # type: ignore[arg-type]
-                            kind=kind,
+                            kind=kind,  # type: ignore[arg-type]
                             metric=measure.metric,
                             judge=measure.judge,
                             **one,

@@ -125,8 +125,8 @@ def _choose(text: str, where: str) -> Chosen:
         return Chosen(name, _own(name, kind), path, limit)
     if entry.lm_eval:
         raise ValueError(
-            f"{where}: is not run here; export the model and run lm-evaluation-harness: lm_eval "
-            f"--model hf --model_args pretrained=FOLDER --tasks {entry.lm_eval}"
+            f"{where}: runs in lm-evaluation-harness: python -m saro_jax.lm_eval "
+            f"--model_args pretrained=MODEL --tasks {entry.lm_eval}"
         )
     source = source or entry.source or ""
     if not source:

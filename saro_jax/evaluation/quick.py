@@ -153,12 +153,7 @@ def measure(
     The summary is JSON: the settings, and `kinds`, for each kind the rates of OUTCOMES and of
     well_formed reasoning (status "ok"), each with its Wilson 95 % interval, mean tokens, statuses.
     """
-    ids = []
-    for prompt in prompts:
-        try:
-            ids.append(chat.prompt_ids(tokenizer, (chat.Message("user", prompt.prompt),)))
-        except ValueError as error:
-            raise ValueError(f"prompt {prompt.id}: {error}") from error
+    ids = prompt_ids(tokenizer, prompts)
     stop_ids = {chat.end_of_turn(tokenizer), *arch.eos_token_ids}
     distributed.check_stop()
     distributed.same("the prompts", f"{len(ids)}, hash {_digest(ids)}")
@@ -197,7 +192,18 @@ def measure(
     return settings | {"kinds": summarise(transcripts)}, transcripts
 
 
-def _digest(prompts: Sequence[Sequence[int]]) -> str:
+def prompt_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+    """What a model is given of each prompt, the opening of its own turn included."""
+    ids = []
+    for prompt in prompts:
+        try:
+            ids.append(chat.prompt_ids(tokenizer, (chat.Message("user", prompt.prompt),)))
+        except ValueError as error:
+            raise ValueError(f"prompt {prompt.id}: {error}") from error
+    return ids
+
+
+def _digest(prompts: Sequence[np.ndarray]) -> str:
     text = repr([[int(i) for i in prompt] for prompt in prompts])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -307,13 +313,18 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def read_prompts(source: str) -> list[Prompt]:
-    """Prompts of a JSON lines file or of packaged rows, "quickstart:NAME"; ids are unique."""
+def read_prompts(source: str, option: str = "--rows") -> list[Prompt]:
+    """Prompts of a JSON lines file or of packaged rows, "quickstart:NAME"; ids are unique.
+
+    option: what gave the source, for messages.
+    """
     path = Path(source).expanduser()
     if source.startswith("quickstart:"):
         path = QUICKSTART / f"{source.removeprefix('quickstart:')}.jsonl"
     if not path.is_file():
-        raise ValueError(f"--rows={source}: no such file; allowed: a .jsonl file, quickstart:NAME")
+        raise ValueError(
+            f"{option}={source}: no such file; allowed: a .jsonl file, quickstart:NAME"
+        )
     prompts: dict[str, Prompt] = {}
     for where, line in _lines(path):
         prompt = _prompt(where, line)
@@ -327,9 +338,14 @@ def read_prompts(source: str) -> list[Prompt]:
 
 def write(out: Path, summary: dict[str, Any], transcripts: Sequence[Transcript]) -> None:
     """Transcripts to `out` and the summary beside it; each file appears whole or not at all."""
+    write_transcripts(out, transcripts)
+    _write_whole(out.with_suffix(".summary.json"), json.dumps(summary, indent=2) + "\n")
+
+
+def write_transcripts(out: Path, transcripts: Sequence[Transcript]) -> None:
+    """One transcript a line; the file appears whole or not at all."""
     lines = "".join(json.dumps(asdict(t), ensure_ascii=False) + "\n" for t in transcripts)
     _write_whole(out, lines)
-    _write_whole(out.with_suffix(".summary.json"), json.dumps(summary, indent=2) + "\n")
 
 
 def _write_whole(path: Path, text: str) -> None:

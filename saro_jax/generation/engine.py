@@ -385,6 +385,7 @@ def generate(
     mesh: Mesh | None = None,
     progress: bool = False,
     numbers: Sequence[int] | None = None,
+    review: Review | None = None,
 ) -> list[Completion]:
     """Continue each prompt (int ids, BOS and generation prompt included) until a stop id.
 
@@ -392,14 +393,14 @@ def generate(
     fold_in(fold_in(key(seed), i), t): a sample depends neither on its neighbours nor on batch_size.
     temperature 0 is greedy. top_k, top_p and min_p keep the most probable tokens, after
     temperature. progress: a bar on stderr. numbers: the i of each prompt, where these are some of
-    more; None = 0, 1, ... unroll, mesh: see `Engine`.
+    more; None = 0, 1, ... review: see `Job`. unroll, mesh: see `Engine`.
     """
     sampling = Sampling(float(temperature), float(top_p), int(top_k), float(min_p))
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size}; allowed: >= 1")
     jobs = [
-        Job(prompt, max_new_tokens, sampling, seed, (i if numbers is None else numbers[i],))
-        for i, prompt in enumerate(prompts)
+        Job(prompt, max_new_tokens, sampling, seed, (number,), review=review)
+        for prompt, number in zip(prompts, numbers or range(len(prompts)), strict=True)
     ]
     if not jobs:
         return []
@@ -418,7 +419,8 @@ def generate(
     order = sorted(range(len(jobs)), key=lambda i: (-len(prompts[i]), i))
     place = {id(job): i for i, job in enumerate(jobs)}
     completions: list[Any] = [None] * len(jobs)
-    with tqdm(total=len(jobs), unit="prompt", disable=not progress) as bar:
+    # leave=None: not where it is the second bar, of a run that answers on its way.
+    with tqdm(total=len(jobs), unit="prompt", disable=not progress, leave=None) as bar:
         for job, (completion,) in engine.run(jobs[i] for i in order):
             completions[place[id(job)]] = completion
             bar.update(1)

@@ -6,17 +6,20 @@ Legend: L layers, I input features, O output features, r rank, D hidden, V vocab
      "lm_head": {"lora_A": [D, r], "lora_B": [r, V]}}
 
 y = x W + scale (dropout(x) A) B is computed beside x W, layer by layer inside the scan, and never
-as x (W + scale A B): so no gradient and no copy of a W that does not train exists. Only the export
-does the sum (`merge`), on the host, one matrix at a time.
+as x (W + scale A B): so no gradient and no copy of a W that does not train exists. The sum is for
+the export (`merge`, on the host, one matrix at a time) and for decoding (`joined`).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from saro_jax.config import LAYER_PROJECTIONS, PROJECTIONS, LoRAConfig, names
 from saro_jax.models.architecture import Architecture
@@ -155,6 +158,50 @@ def merge(weight: np.ndarray, a_Ir: np.ndarray, b_rO: np.ndarray, scale: float) 
     """W + scale A B in float32; weight [I, O] in any float dtype."""
     delta = np.asarray(a_Ir, np.float32) @ np.asarray(b_rO, np.float32)
     return weight.astype(np.float32) + np.float32(scale) * delta
+
+
+@partial(jax.jit, static_argnames=("scale", "dtype"))
+def added(weight: jax.Array, left: jax.Array, right: jax.Array, scale: float, dtype: Any):
+    """W + scale A B of stacked matrices [L, I, O], a sum in float32, in `dtype`."""
+
+    def one(layer):
+        w, a, b = layer
+        delta = jnp.dot(a.astype(F32), b.astype(F32), precision=lax.Precision.HIGHEST)
+        return (w.astype(F32) + scale * delta).astype(dtype)
+
+    # Layer by layer, so that no copy of all of them in float32 exists.
+    return lax.map(one, (weight, left, right))
+
+
+def joined(
+    arch: Architecture, params: Tree, adapters: Adapters, dtype: Any
+) -> tuple[Architecture, Tree]:
+    """The model whose matrices are W + scale A B in `dtype`, to decode with, where they lie.
+
+    Other leaves are those of `params`. A head tied to the table gets a matrix of its own if it has
+    an adapter, which is of the output alone.
+    """
+
+    def summed(weight: jax.Array, leaves: Tree) -> Tree:
+        a, b = leaves["lora_A"], leaves["lora_B"]
+        if weight.ndim == 2:  # the head, a table [V, D], where a layer's matrix is [I, O]
+            new = added(weight[None], b.T[None], a.T[None], adapters.scale, dtype)[0]
+        else:
+            new = added(weight, a, b, adapters.scale, dtype)
+        return {"weight": jax.device_put(new, weight.sharding)}
+
+    layers = dict(params["model"]["layers"])
+    for block, found in adapters.layers().items():
+        layers[block] = layers[block] | {
+            name: layers[block][name] | summed(layers[block][name]["weight"], leaves)
+            for name, leaves in found.items()
+        }
+    params = params | {"model": params["model"] | {"layers": layers}}
+    if "lm_head" in adapters.tree:
+        head = params["model"]["embed_tokens"] if arch.tie_word_embeddings else params["lm_head"]
+        params = params | {"lm_head": summed(head["weight"], adapters.tree["lm_head"])}
+        arch = dataclasses.replace(arch, tie_word_embeddings=False)
+    return arch, params
 
 
 def peft_config(config: LoRAConfig, base: str, revision: str | None) -> dict[str, Any]:

@@ -5,17 +5,14 @@ Legend: L layers, I input features, O output features, r rank, D hidden, V vocab
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from saro_jax.config import PROJECTIONS
-from saro_jax.models import hub, huggingface
+from saro_jax.models import hub, huggingface, lora
 from saro_jax.models.architecture import Architecture
 from saro_jax.models.decoder import Params
 from saro_jax.models.lora import BLOCKS
@@ -99,19 +96,8 @@ def _added(adapter: Path, weight, keys, tensors: dict[str, Tensor], scale: float
         pairs.append((b_rO.T, a_Ir.T) if head else (a_Ir, b_rO))
     left, right = (np.stack(part) for part in zip(*pairs, strict=True))
     stacked = weight[None] if head else weight
-    added = _sum(stacked, left, right, scale=scale)
+    added = lora.added(stacked, left, right, scale, weight.dtype)
     return jax.device_put(added[0] if head else added, weight.sharding)
-
-
-@partial(jax.jit, static_argnames="scale")
-def _sum(weight, left, right, *, scale: float):
-    def one(layer):
-        w, a, b = layer
-        delta = jnp.dot(a, b, precision=lax.Precision.HIGHEST)
-        return (w.astype(jnp.float32) + scale * delta).astype(w.dtype)
-
-    # Layer by layer, so that no copy of all of them in float32 exists.
-    return lax.map(one, (weight, left, right))
 
 
 def _scale(adapter: Path) -> float:

@@ -64,6 +64,13 @@ def run_figures(run: Training) -> list[Figure]:
         lines.append((name, 1 + i, run.series(f"logps/{name}")))
         lines.append((f"{name}, held out", 3 + i, run.series(f"eval_logps/{name}")))
     figures.append(_figure(about, "Log-probs", "mean log-prob of a branch, nats", lines))
+    for outcome in ("refused", "complied"):
+        kinds = enumerate(run.kinds(outcome), 1)  # of prompts: train.answers
+        lines = [
+            (kind.removeprefix("answers/"), i, run.series(f"{kind}/{outcome}")) for i, kind in kinds
+        ]
+        title, meaning = f"Answers: {outcome}", f"share of a kind of prompt that was {outcome}"
+        figures.append(_figure(about, title, meaning, lines, share=True))
     return [figure for figure in figures if figure is not None]
 
 

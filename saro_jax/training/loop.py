@@ -44,8 +44,13 @@ class Evaluation(NamedTuple):
     items: Sequence[Item] | None = None
 
 
+# The metrics of what the model (step, trained leaves) answers; calls `look` now and then, which
+# raises `Cut`.
+Answers = Callable[[int, Any, Callable[[], None]], dict[str, float]]
+
+
 class Cut(Exception):
-    """A signal came in the middle of an evaluation."""
+    """A signal came in the middle of an evaluation or of answers."""
 
 
 class Fallen(Exception):
@@ -333,6 +338,7 @@ def fit(
     writer: Writer,
     watch: Watch | None = None,
     evaluation: Evaluation | None = None,
+    answers: Answers | None = None,
     tokens_before: int = 0,
     window_before: Sequence[dict[str, float]] = (),
     kind: np.ndarray | None = None,
@@ -352,7 +358,8 @@ def fit(
     stops the run with an error and without a checkpoint of that state. So does a fall of the chosen
     log-probs (`fallen`), or the state is that of a checkpoint from before it. reference and kind:
     by item; kinds: names of the kinds; mismatches: for kto; recent_before: `fallen`'s before the
-    first step; owed: a signal cut off the evaluation of the step that the state is from.
+    first step; owed: a signal cut off the evaluation or the answers of the step that the state is
+    from.
     """
     per_epoch = len(items) / config.train.batch_rows
     num_tokens, started = tokens_before, time.monotonic()
@@ -374,6 +381,13 @@ def fit(
         stopped = distributed.stopping(signalled.number)
         return stopped
 
+    def look() -> None:
+        if stop():
+            raise Cut
+
+    def due(every: int) -> bool:
+        return step == steps or _due(step, every)
+
     def line(at: int, extra: dict[str, float]) -> None:
         """Write the means since the last line."""
         nonlocal started, window_tokens
@@ -392,29 +406,39 @@ def fit(
         started, window_tokens = now, 0
 
     def measure() -> dict[str, float] | None:
-        """The evaluation; None, and it is owed, where a signal cuts it off."""
-        nonlocal owed
-        assert evaluation is not None
-        owed = True
+        """What is due of evaluation and answers; None, and it is owed, where a signal cuts it off.
+
+        Its time is not training's.
+        """
+        nonlocal owed, started
+        jax.block_until_ready(state.params)
+        began, owed, means = time.monotonic(), True, {}
         try:
-            means = evaluate(
-                programs,
-                mesh,
-                stage,
-                state.params,
-                evaluation.blocks,
-                evaluation.reference,
-                frozen=frozen,
-                kind=evaluation.kind,
-                kinds=kinds,
-                resident=state.reference or None,
-                mismatches=evaluation.mismatches,
-                items=evaluation.items,
-                stop=stop,
-            )
+            if evaluation and due(config.train.eval_every):
+                means |= evaluate(
+                    programs,
+                    mesh,
+                    stage,
+                    state.params,
+                    evaluation.blocks,
+                    evaluation.reference,
+                    frozen=frozen,
+                    kind=evaluation.kind,
+                    kinds=kinds,
+                    resident=state.reference or None,
+                    mismatches=evaluation.mismatches,
+                    items=evaluation.items,
+                    stop=stop,
+                )
+            if answers and due(config.train.answers_every):
+                means |= answers(step, state.params, look)
         except Cut:
             return None
         owed = False
+        seconds = time.monotonic() - began
+        started += seconds
+        if watch is not None:
+            watch.leave_out(seconds)
         return means
 
     def flush(extra: dict[str, float] | None = None) -> None:
@@ -471,7 +495,7 @@ def fit(
         watch.start()
     with jax.set_mesh(mesh), stop_signals() as signalled:
         try:
-            if owed and evaluation and (extra := measure()):
+            if owed and (extra := measure()):
                 line(step, extra)
             while step < steps and not owed and not stop():
                 blocks = next(iterator)
@@ -511,7 +535,9 @@ def fit(
                 pending = step, sums, norm, tokens, packing_efficiency(blocks, items, layout)
                 if _due(step, config.srpo.sync_every) and state.reference:
                     state = programs.sync(state)
-                if evaluation and (step == steps or _due(step, config.train.eval_every)):
+                if (evaluation and due(config.train.eval_every)) or (
+                    answers and due(config.train.answers_every)
+                ):
                     extra = measure()
                     if extra is None:
                         break

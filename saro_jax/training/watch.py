@@ -215,6 +215,10 @@ class Watch:
         """The steps begin now."""
         self._time = time.monotonic()
 
+    def leave_out(self, seconds: float) -> None:
+        """Time since the last step that was not training."""
+        self._time += seconds
+
     def step(self, step: int, values: dict[str, float], learning_rate: float, tokens: int) -> None:
         """Look at the metrics of one step."""
         now = time.monotonic()
