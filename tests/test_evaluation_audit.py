@@ -28,7 +28,7 @@ def filled(folder, label):
     for number, row in enumerate(rows):
         row["label"] = label(row, number)
     with open(file, "w", newline="") as target:
-        writer = csv.DictWriter[str](target, audit.COLUMNS)
+        writer = csv.DictWriter(target, audit.COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
     return file, rows

@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 
@@ -192,4 +191,4 @@ def test_tasks_give_the_samples_of_the_hf_model(tmp_path):
         assert worst < 1e-3
         texts = [[one["resps"] for one in found["answers"]] for found in (hf, ours)]
         assert texts[0] == texts[1]
-        assert np.mean([len(one[0][0]) for one in texts[1]]) > 20
+        assert sum(len(one[0][0]) for one in texts[1]) > 50
