@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING
 from saro_jax.config.values import as_typed, names, nearest
 
 if TYPE_CHECKING:
-    from saro_jax.config.tree import (
-        Config,
-        EvaluateConfig,
-        PairsConfig,
-        ServerConfig,
-        SRPOConfig,
-        SynthesizeConfig,
-        TrainConfig,
-    )
+    from saro_jax.config.evaluate import EvaluateConfig
+    from saro_jax.config.pairs import PairsConfig
+    from saro_jax.config.server import ServerConfig
+    from saro_jax.config.srpo import SRPOConfig
+    from saro_jax.config.synthesize import SynthesizeConfig
+    from saro_jax.config.train import TrainConfig
+    from saro_jax.config.tree import Config
 
 # Steps over which the fall of the chosen log-probs is averaged (srpo.max_chosen_drop).
 DROP_WINDOW = 5
@@ -173,10 +171,11 @@ def _check_teacher(synthesize: SynthesizeConfig) -> None:
     unread = {
         "template": (
             *("teacher_model", "teacher_url", "steer", "min_flip_rate", "flip_prompts"),
+            *("shots", "examples", "search"),
             *("label", "score", "repair", "compress"),
         ),
-        "api": ("min_flip_rate", "flip_prompts"),
-        "local": ("teacher_url", "min_flip_rate", "flip_prompts"),
+        "api": ("min_flip_rate", "flip_prompts", "search"),
+        "local": ("teacher_url", "min_flip_rate", "flip_prompts", "search"),
     }
     for key in unread.get(teacher, ()):
         value = getattr(synthesize, key)
@@ -185,6 +184,16 @@ def _check_teacher(synthesize: SynthesizeConfig) -> None:
                 f"synthesize.{key}={as_typed(value)} has no meaning with "
                 f"synthesize.teacher={teacher}"
             )
+    if not synthesize.shots and not synthesize.search:
+        if synthesize.examples != default["examples"].default:
+            raise ValueError(
+                f"synthesize.examples={synthesize.examples} is not read with synthesize.shots=0"
+            )
+    elif synthesize.search and synthesize.render != default["render"].default:
+        raise ValueError(
+            f"synthesize.render={synthesize.render} has no meaning with synthesize.search=true, "
+            "which tries both"
+        )
 
 
 def _check_synthesize(synthesize: SynthesizeConfig) -> None:

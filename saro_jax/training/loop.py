@@ -362,12 +362,12 @@ def fit(
     they come from, which is.
 
     The metrics of step n - 1 are fetched when step n is under way. A step lasts from the result of
-    the one before, or from the end of evaluating and saving, to its own. A loss that is not a number
-    stops the run with an error and without a checkpoint of that state. So does a fall of the chosen
-    log-probs (`fallen`), or the state is that of a checkpoint from before it. reference and kind:
-    by item; kinds: names of the kinds; mismatches: for kto; recent_before: `fallen`'s before the
-    first step; owed: a signal cut off the evaluation or the answers of the step that the state is
-    from.
+    the one before, or from the end of evaluating and saving, to its own. A loss that is not a
+    number stops the run with an error and without a checkpoint of that state. So does a fall of the
+    chosen log-probs (`fallen`), or the state is that of a checkpoint from before it. reference and
+    kind: by item; kinds: names of the kinds; mismatches: for kto; recent_before: `fallen`'s before
+    the first step; owed: a signal cut off the evaluation or the answers of the step that the state
+    is from.
     """
     per_epoch = len(items) / config.train.batch_rows
     num_tokens = tokens_before
@@ -415,7 +415,7 @@ def fit(
         window_tokens, window_seconds = 0, 0.0
 
     def measure() -> dict[str, float] | None:
-        """What is due of evaluation and answers; None, and it is owed, where a signal cuts it off."""
+        """What is due of evaluation and answers; None, and owed, where a signal cuts it off."""
         nonlocal owed
         owed, means = True, {}
         try:
