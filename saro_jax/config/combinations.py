@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING
 from saro_jax.config.values import as_typed, names, nearest
 
 if TYPE_CHECKING:
-    from saro_jax.config.tree import (
-        Config,
-        EvaluateConfig,
-        PairsConfig,
-        ServerConfig,
-        SRPOConfig,
-        SynthesizeConfig,
-        TrainConfig,
-    )
+    from saro_jax.config.evaluate import EvaluateConfig
+    from saro_jax.config.pairs import PairsConfig
+    from saro_jax.config.server import ServerConfig
+    from saro_jax.config.srpo import SRPOConfig
+    from saro_jax.config.synthesize import SynthesizeConfig
+    from saro_jax.config.train import TrainConfig
+    from saro_jax.config.tree import Config
 
 # Steps over which the fall of the chosen log-probs is averaged (srpo.max_chosen_drop).
 DROP_WINDOW = 5
