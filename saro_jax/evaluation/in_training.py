@@ -30,6 +30,7 @@ from saro_jax.models.decoder import Params
 from saro_jax.models.lora import Adapters
 from saro_jax.parallel.mesh import row_shards
 from saro_jax.text import chat
+from saro_jax.training.memory import Answering
 
 SLOTS = 16  # answers decoded at a time by each row shard
 
@@ -58,6 +59,12 @@ def read(source: str, tokens: int, arch: Architecture, tokenizer: Any) -> Questi
                 "positions"
             )
     return Questions(prompts, ids, tokens)
+
+
+def answering(questions: Questions, mesh: Mesh) -> Answering:
+    """What `answer` decodes, for the estimate of memory."""
+    longest = max(len(one) for one in questions.ids)
+    return Answering(SLOTS * row_shards(mesh), longest + questions.tokens)
 
 
 def answer(
