@@ -18,6 +18,7 @@ from saro_jax.generation.requests import Request
 from saro_jax.judging.judges import Judge
 from saro_jax.pairing import reflections
 from saro_jax.records import RITD, Judgment, Pref, PRMItem, RMItem, Sampler, StepValue, Trace
+from saro_jax.records.__main__ import main as print_lineage
 from saro_jax.text import policy as policies
 
 PROMPTS = [
@@ -192,9 +193,9 @@ def test_a_pair_leads_back_to_prompt_model_and_policy(made, capsys):
         assert found["policy_versions"] == [made[1]["policy_version"], "saro-1"]
         assert found["model_shas"] == ["0" * 16, "1" * 16]
         assert found["stages"] == ["pairs", "before"]
-    assert records.main([f"--file={out / 'pairs.jsonl'}", f"--id={pair.id}"]) == 0
+    assert print_lineage([f"--file={out / 'pairs.jsonl'}", f"--id={pair.id}"]) == 0
     assert json.loads(capsys.readouterr().out) == found
-    assert records.main([f"--file={out / 'pairs.jsonl'}", "--id=nothing"]) == 2
+    assert print_lineage([f"--file={out / 'pairs.jsonl'}", "--id=nothing"]) == 2
     assert "no record with the id 'nothing'" in capsys.readouterr().err
 
 
