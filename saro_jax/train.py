@@ -91,7 +91,7 @@ class Prepared:
     def answering(self) -> Answering | None:
         """What answering them takes."""
         given = self.questions
-        return None if given is None else in_training.answering(given, self.source.mesh)
+        return None if given is None else in_training.decoded(given, self.source.mesh)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
