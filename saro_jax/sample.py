@@ -318,7 +318,7 @@ def trace(
             TraceStep(i=at, start_char=s.start, end_char=s.end, text=s.text, kind=s.kind)
             for at, s in enumerate(reasoning.segment(parsed.reasoning))
         ),
-        decision=decided if decided in records.MODES else "none",  # type: ignore[arg-type]
+        decision=decided if decided in records.MODES else "none",
         n_tok=TokenCounts(prompt=reply["prompt_tokens"], reason=thought, answer=answer),
         tokenizer_sha=getattr(model, "tokenizer_sha", None),
         finish=reply["finish"],

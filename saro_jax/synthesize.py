@@ -452,7 +452,7 @@ def _trace(
             TraceStep(i=at, start_char=s.start, end_char=s.end, text=s.text, kind=s.kind)
             for at, s in enumerate(reasoning.segment(parsed.reasoning))
         ),
-        decision=decided if decided in records.MODES else "none",  # type: ignore[arg-type]
+        decision=decided if decided in records.MODES else "none",
         n_tok=TokenCounts(
             prompt=count(prompt.text), reason=count(parsed.reasoning), answer=count(parsed.answer)
         ),
@@ -466,6 +466,8 @@ def _row(item: Judged, settings: SynthesizeConfig) -> RITD:
     kept = parsed.reasoning
     if not settings.decision_line:
         kept = reasoning.without_decision(kept)
+    decision = item.trace.decision
+    assert decision != "none"  # does not pass the filters
     return RITD(
         id=records.content_id("ritd", item.trace.id),
         parent_ids=(item.trace.id, item.prompt.id),
@@ -475,7 +477,7 @@ def _row(item: Judged, settings: SynthesizeConfig) -> RITD:
         prompt=item.prompt.text,
         reasoning=kept,
         answer=parsed.answer,
-        decision=item.trace.decision,  # type: ignore[arg-type] - "none" did not pass the filters
+        decision=decision,
         cats=item.prompt.categories,
         cited_rules=tuple(reasoning.cited_rules(kept)),
         judgments=item.verdicts,

@@ -135,8 +135,8 @@ def folded(file: Path, transcripts: Sequence[Transcript]) -> tuple[Audit, ...]:
                         Audit(
                             model=model,
                             benchmark=benchmark,
-                            view=view,  # type: ignore[arg-type]
-                            kind=kind,  # type: ignore[arg-type]
+                            view=view,
+                            kind=kind,
                             metric=measure.metric,
                             judge=measure.judge,
                             **one,
