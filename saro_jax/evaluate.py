@@ -50,13 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if quick_wanted(given):
         return quick.main(given)
     flags = [
-        Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart"),
+        configuration.CONFIG,
         Flag("model", "[NAME=]folder, .gguf file or Hub id; once a model", many=True),
-        Flag("out", "output folder", parse=Path, required=True),
+        configuration.OUT,
     ]
     try:
         args = configuration.parse_command_line(
-            "python -m saro_jax.evaluate", __doc__ or "", given, flags
+            "python -m saro_jax.evaluate", __doc__, given, flags
         )
         config = configuration.load(args.config, args.overrides, "rw")
         models = named(args.model or [config.model.path or "quickstart"])

@@ -25,7 +25,7 @@ from typing import Any
 
 from saro_jax import config as configuration
 from saro_jax import records
-from saro_jax.config import Config, Flag, SynthesizeConfig
+from saro_jax.config import Config, SynthesizeConfig
 from saro_jax.data import filters
 from saro_jax.data import prompts as pool
 from saro_jax.data.filters import Judged, Judges, Limits
@@ -57,16 +57,10 @@ LEAST_YIELD = 0.3  # share of a kind's prompts with a row, below which more prom
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    flags = [
-        Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart"),
-        Flag("out", "output folder", parse=Path, required=True),
-    ]
+    flags = [configuration.CONFIG, configuration.OUT]
     try:
         args = configuration.parse_command_line(
-            "python -m saro_jax.synthesize",
-            __doc__ or "",
-            sys.argv[1:] if argv is None else argv,
-            flags,
+            "python -m saro_jax.synthesize", __doc__, argv, flags
         )
         # The tree needs training rows, which are what this stage makes.
         rows = f"--data.train={args.out / 'ritd.jsonl'}"

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     try:
         args = configuration.parse_command_line(
-            "python -m saro_jax.evaluation.audit DIR", __doc__ or "", given, flags, tree=False
+            "python -m saro_jax.evaluation.audit DIR", __doc__, given, flags, tree=False
         )
         if folder is None:
             raise ValueError("DIR: required: the folder of an evaluation")

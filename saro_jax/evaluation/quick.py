@@ -99,11 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     try:
         args = configuration.parse_command_line(
-            "python -m saro_jax.evaluate",
-            __doc__ or "",
-            sys.argv[1:] if argv is None else argv,
-            flags,
-            tree=False,
+            "python -m saro_jax.evaluate", __doc__, argv, flags, tree=False
         )
         distributed.start(args)
         prompts = read_prompts(args.rows)
