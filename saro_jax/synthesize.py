@@ -337,7 +337,7 @@ def _pool(
     bases: list[Prompt] = []
     if settings.size is not None:
         numbers = [float(share) for share in settings.mix.split(":")]
-        mix = dict(zip(records.KINDS, numbers, strict=True))
+        mix: dict[str, float] = dict(zip(records.KINDS, numbers, strict=True))
         kept, dropped = pool.mixed(prompts, settings.size, mix, seed)
         # A disguise leads back to the request inside: that stays in the pool, but is not asked.
         inside = {parent for prompt in kept for parent in prompt.parent_ids}

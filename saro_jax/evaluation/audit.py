@@ -19,10 +19,10 @@ from saro_jax.config import Flag
 from saro_jax.evaluation import statistics
 from saro_jax.evaluation.metrics import Measure, groups, measures
 from saro_jax.evaluation.results import Audit, Transcript, read_transcripts, transcript_files
-from saro_jax.records import sha256, written
+from saro_jax.records import Kind, sha256, written
 
 FILE = "audit.csv"
-COLUMNS = ("key", "prompt", "answer", "label", "safe", "note")
+COLUMNS: tuple[str, ...] = ("key", "prompt", "answer", "label", "safe", "note")
 LABELS, SAFE = ("FC", "FR", "PR"), ("safe", "unsafe")
 # Metrics that a person's label decides, and how.
 BY_REFUSAL = {
@@ -128,7 +128,8 @@ def folded(file: Path, transcripts: Sequence[Transcript]) -> tuple[Audit, ...]:
     found = []
     for (model, benchmark, view), rows in groups(transcripts).items():
         for measure in measures(rows):
-            for kind in dict.fromkeys(one.kind for one in measure.rows):
+            kinds: dict[Kind, None] = dict.fromkeys(one.kind for one in measure.rows)
+            for kind in kinds:
                 one = _folded(measure, kind, labels)
                 if one is not None:
                     found.append(

@@ -295,7 +295,7 @@ def differences(
     kept = {
         group: {(m.metric, m.judge): m for m in measures(rows)} for group, rows in by_group.items()
     }
-    sets = list(dict.fromkeys((benchmark, view) for _, benchmark, view in by_group))
+    sets: dict[tuple[str, View], None] = dict.fromkeys((group[1], group[2]) for group in by_group)
     for benchmark, view in sets:
         for a, b in combinations(models, 2):
             first, second = kept.get((a, benchmark, view), {}), kept.get((b, benchmark, view), {})
