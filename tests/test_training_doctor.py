@@ -520,7 +520,7 @@ def test_each_finding_is_said_once_a_run(tmp_path, capsys):
     one = watch.Watch(file, config, "srpo", fresh=True)
     one.say([Finding("ok", "a", "A"), Finding("warning", "b", "B", "do b")], ("warning",))
     for _ in range(2):
-        one.step(1, records(1, grad_norm=0.0)[0].values, 1e-5, 10)
+        one.step(1, records(1, grad_norm=0.0)[0].values, 1e-5, 10, 1.0)
     said = capsys.readouterr().out
     assert said.startswith("doctor: warning: B\n  -> do b\ndoctor: warning: step 1: the gradient")
     assert said.count("the gradient is zero") == 1
