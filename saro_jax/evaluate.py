@@ -47,17 +47,14 @@ OPTION = "--evaluate"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    given = sys.argv[1:] if argv is None else list(argv)
     flags = [
-        Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart"),
+        configuration.CONFIG,
         Flag("model", "[NAME=]folder, .gguf file or Hub id; once a model", many=True),
-        Flag("out", "output folder", parse=Path, required=True),
+        configuration.OUT,
         *distributed.FLAGS,
     ]
     try:
-        args = configuration.parse_command_line(
-            "python -m saro_jax.evaluate", __doc__ or "", given, flags
-        )
+        args = configuration.parse_command_line("python -m saro_jax.evaluate", __doc__, argv, flags)
         distributed.start(args)
         config = configuration.load(args.config, args.overrides, "rw")
         models = named(args.model or [config.model.path or "quickstart"])

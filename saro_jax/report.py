@@ -39,12 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     try:
         args = configuration.parse_command_line(
-            "python -m saro_jax.report",
-            __doc__ or "",
-            sys.argv[1:] if argv is None else argv,
-            flags,
-            tree=False,
-            places="RUN",
+            "python -m saro_jax.report", __doc__, argv, flags, tree=False, places="RUN"
         )
         if not args.places:
             raise ValueError(

@@ -14,10 +14,10 @@ import numpy as np
 
 from saro_jax.evaluation import statistics
 from saro_jax.evaluation.answering import HARMFUL
-from saro_jax.evaluation.results import Cost, Difference, Overhead, Rate, Transcript
-from saro_jax.records import KINDS
+from saro_jax.evaluation.results import Cost, Difference, Overhead, Rate, Transcript, View
+from saro_jax.records import KINDS, Kind
 
-Group = tuple[str, str, str]  # model, benchmark, view
+Group = tuple[str, str, View]  # model, benchmark, view
 HARMLESS = ("borderline", "benign")
 # What two models are compared by, and what is broken down by category and attack.
 COMPARED = (
@@ -193,11 +193,11 @@ def rates(rows: Sequence[Transcript], draws: int, seed: int) -> list[Rate]:
 
 
 def _part(measure: Measure, places: Sequence[int]) -> Measure:
-    rows, values = ([part[i] for i in places] for part in (measure.rows, measure.values))
-    return Measure(measure.metric, rows, values, measure.judge, measure.weak)  # type: ignore[arg-type]
+    rows, values = [measure.rows[i] for i in places], [measure.values[i] for i in places]
+    return Measure(measure.metric, rows, values, measure.judge, measure.weak)
 
 
-def _rate(measure: Measure, part: dict[str, str], draws: int, seed: int) -> Rate:
+def _rate(measure: Measure, part: dict[str, Any], draws: int, seed: int) -> Rate:
     rows, values = measure.rows, measure.values
     clusters = [one.base_id for one in rows]
     counts = set(values) <= {0.0, 1.0}
@@ -220,7 +220,7 @@ def _rate(measure: Measure, part: dict[str, str], draws: int, seed: int) -> Rate
         high=_short(high),
         method=method,
         weak=measure.weak,
-        **part,  # type: ignore[arg-type]
+        **part,
     )
 
 
@@ -312,7 +312,7 @@ def differences(
     kept = {
         group: {(m.metric, m.judge): m for m in measures(rows)} for group, rows in by_group.items()
     }
-    sets = list(dict.fromkeys((benchmark, view) for _, benchmark, view in by_group))
+    sets: dict[tuple[str, View], None] = dict.fromkeys((group[1], group[2]) for group in by_group)
     for benchmark, view in sets:
         for a, b in combinations(models, 2):
             first, second = kept.get((a, benchmark, view), {}), kept.get((b, benchmark, view), {})
@@ -370,7 +370,7 @@ def costs(
 
     The overhead is against the baseline's answers to the same prompts, in the same view.
     """
-    tables: dict[tuple[str, str | None, str, str], list[Transcript]] = defaultdict(list)
+    tables: dict[tuple[str, str | None, View, Kind], list[Transcript]] = defaultdict(list)
     for (model, benchmark, view), rows in by_group.items():
         for one in rows:
             tables[model, None, view, one.kind].append(one)
@@ -395,8 +395,8 @@ def costs(
             Cost(
                 model=model,
                 benchmark=benchmark,
-                view=view,  # type: ignore[arg-type]
-                kind=kind,  # type: ignore[arg-type]
+                view=view,
+                kind=kind,
                 n=len(rows),
                 mean_tokens=_short(float(np.mean(tokens))),
                 p95_tokens=_short(float(np.quantile(tokens, 0.95))),

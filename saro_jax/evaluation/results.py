@@ -300,7 +300,11 @@ def read_transcripts(folder: Path, model: str, benchmark: str, view: str) -> lis
 def transcript_files(folder: Path) -> list[tuple[str, str, str]]:
     """(model, benchmark, view) of every file of transcripts, sorted."""
     files = sorted((folder / TRANSCRIPTS).glob("*/*.jsonl"))
-    return [(one.parent.name, *one.name.removesuffix(".jsonl").split(".")) for one in files]  # type: ignore[misc]
+    found = []
+    for one in files:
+        benchmark, view = one.name.removesuffix(".jsonl").split(".")
+        found.append((one.parent.name, benchmark, view))
+    return found
 
 
 def write_transcripts(folder: Path, transcripts: Sequence[Transcript]) -> None:
