@@ -98,15 +98,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     flags = [
         Flag("stage", "which stage to train", choices=("rw", "srpo"), required=True),
-        Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart"),
+        configuration.CONFIG,
         Flag("out", "output folder; default runs/RECIPE/STAGE", parse=Path),
         Flag("dry-run", "look for what will go wrong, train nothing, write nothing", switch=True),
         *distributed.FLAGS,
     ]
     try:
-        args = configuration.parse_command_line(
-            "python -m saro_jax.train", __doc__ or "", sys.argv[1:] if argv is None else argv, flags
-        )
+        args = configuration.parse_command_line("python -m saro_jax.train", __doc__, argv, flags)
         distributed.start(args)
         config = configuration.load(args.config, args.overrides, args.stage)
         out = args.out or Path("runs") / Path(args.config).stem / args.stage

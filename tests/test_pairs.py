@@ -338,7 +338,7 @@ def test_every_setting_changes_something(key, files, made, tmp_path):
         assert sum(request.messages[0]["role"] == "system" for request in policy.asked) > 5
         return
     if key in ("temperature", "top_p", "max_new_tokens"):
-        assert {getattr(request.sampler, key) for request in policy.asked} == {value}
+        assert {repr(getattr(one.sampler, key)) for one in policy.asked} == {repr(value)}
         return
     ours, theirs = outputs(tmp_path), outputs(out)
     assert ours["pairs.jsonl"] != theirs["pairs.jsonl"] or (

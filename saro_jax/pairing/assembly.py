@@ -98,7 +98,7 @@ def assembled(
     op = take(balance.capped(outcome, _is("OP3"), shares.off_policy, "off-policy: enough of OP3"))
     pp = list(process)
     if shares.size is not None:
-        quotas = dict(zip(KINDS, _numbers(shares.quotas), strict=True))
+        quotas: dict[str, float] = dict(zip(KINDS, _numbers(shares.quotas), strict=True))
         op = take(balance.quotas(op, _prompt_kind, quotas, shares.size))
         mix = dict(zip(PROCESS, _numbers(shares.mix), strict=True))
         others = [pair for pair in pp if pair.kind not in PROCESS]
