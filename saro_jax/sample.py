@@ -42,10 +42,10 @@ from saro_jax.records import (
     Stage,
     TokenCounts,
     Trace,
-    TraceStep,
 )
 from saro_jax.text import policy as policies
 from saro_jax.text import reasoning
+from saro_jax.text.traces import decided, trace_steps
 
 UNREAD = ("slots", "dtype")  # settings of speed; dtype is in the model's hash
 
@@ -291,7 +291,6 @@ def trace(
         finished=reply["finish"] != "length",
         prefilled_open="<think>" in prefill,
     )
-    decided = reasoning.decision(parsed.reasoning)
     answer = count(parsed.answer)
     if answer is not None and reply["tokens"] is not None:
         answer = min(answer, reply["tokens"])  # tokenised again, a part can come out longer
@@ -309,11 +308,8 @@ def trace(
         sampler=asked.sampler,
         raw=raw,
         parsed=Parsed(**vars(parsed)),
-        steps=tuple(
-            TraceStep(i=at, start_char=s.start, end_char=s.end, text=s.text, kind=s.kind)
-            for at, s in enumerate(reasoning.segment(parsed.reasoning))
-        ),
-        decision=decided if decided in records.MODES else "none",
+        steps=trace_steps(parsed.reasoning),
+        decision=decided(parsed.reasoning),
         n_tok=TokenCounts(prompt=reply["prompt_tokens"], reason=thought, answer=answer),
         tokenizer_sha=getattr(model, "tokenizer_sha", None),
         finish=reply["finish"],

@@ -45,12 +45,12 @@ from saro_jax.records import (
     Stage,
     TokenCounts,
     Trace,
-    TraceStep,
 )
 from saro_jax.text import policy as policies
 from saro_jax.text import reasoning
 from saro_jax.text.policy import Policy
 from saro_jax.text.template_teacher import TemplateTeacher
+from saro_jax.text.traces import decided, trace_steps
 
 LEAST_YIELD = 0.3  # share of a kind's prompts with a row, below which more prompts are needed
 
@@ -437,7 +437,6 @@ def _trace(
     parsed = reasoning.parse(reply["text"], finished=finished)
     fallback = reply.get("fallback")
     name = fallback or name
-    decided = reasoning.decision(parsed.reasoning)
     return Trace(
         id=records.content_id(prompt.id, name, reply["seed"], i, reply["text"]),
         parent_ids=(prompt.id,),
@@ -454,11 +453,8 @@ def _trace(
         ),
         raw=reply["text"],
         parsed=Parsed(**vars(parsed)),
-        steps=tuple(
-            TraceStep(i=at, start_char=s.start, end_char=s.end, text=s.text, kind=s.kind)
-            for at, s in enumerate(reasoning.segment(parsed.reasoning))
-        ),
-        decision=decided if decided in records.MODES else "none",
+        steps=trace_steps(parsed.reasoning),
+        decision=decided(parsed.reasoning),
         n_tok=TokenCounts(
             prompt=count(prompt.text), reason=count(parsed.reasoning), answer=count(parsed.answer)
         ),
