@@ -344,7 +344,7 @@ def _pool(
     if settings.size is not None:
         numbers = [float(share) for share in settings.mix.split(":")]
         mix = dict(zip(records.KINDS, numbers, strict=True))
-        kept, dropped = pool.mixed(prompts, settings.size, mix, seed)
+        kept, dropped = pool.mixed(prompts, settings.size, mix, settings.dev_share, seed)
         # A disguise leads back to the request inside: that stays in the pool, but is not asked.
         inside = {parent for prompt in kept for parent in prompt.parent_ids}
         bases = [one for one in prompts if one.id in inside - {asked.id for asked in kept}]
