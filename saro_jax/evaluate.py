@@ -12,20 +12,20 @@ responses/                                what a stopped run goes on from
 The same command goes on where an earlier one was stopped and asks nothing twice. Models whose names
 end in .s0, .s1, ... are training seeds of one recipe and are reported together too. DIR/audit.csv,
 where it is (`python -m saro_jax.evaluation.audit`), corrects the rates by people's labels.
-
-With --out=FILE.jsonl, --model and --rows it is the quick measurement that a pipeline takes.
+On several hosts each answers a part of the prompts, with the model on its first device.
 """
 
 import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from saro_jax import config as configuration
 from saro_jax.config import Config, EvaluateConfig, Flag
-from saro_jax.evaluation import answering, audit, benchmarks, metrics, quick, table, verdicts
+from saro_jax.evaluation import answering, audit, benchmarks, metrics, table, verdicts
 from saro_jax.evaluation.answering import Subject
 from saro_jax.evaluation.benchmarks import Chosen, Question
 from saro_jax.evaluation.results import (
@@ -38,6 +38,7 @@ from saro_jax.evaluation.results import (
     read_results,
     transcripts_file,
 )
+from saro_jax.parallel import distributed
 from saro_jax.records import Input, Stage, file_sha256, finish, finished, sha256, to_json
 from saro_jax.text import chat
 
@@ -47,38 +48,30 @@ OPTION = "--evaluate"
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     given = sys.argv[1:] if argv is None else list(argv)
-    if quick_wanted(given):
-        return quick.main(given)
     flags = [
         Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart"),
         Flag("model", "[NAME=]folder, .gguf file or Hub id; once a model", many=True),
         Flag("out", "output folder", parse=Path, required=True),
+        *distributed.FLAGS,
     ]
     try:
         args = configuration.parse_command_line(
             "python -m saro_jax.evaluate", __doc__ or "", given, flags
         )
+        distributed.start(args)
         config = configuration.load(args.config, args.overrides, "rw")
         models = named(args.model or [config.model.path or "quickstart"])
         results = run(config, models, args.out, progress=sys.stderr.isatty())
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return distributed.refuse(error)
+    except distributed.Stopped as stop:
+        return 128 + stop.number
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
-        return 130
+        return distributed.leave("was stopped by Ctrl-C", 130)
     print(table.headline(results))
     print(f"\nresults      {args.out / RESULTS}\ntranscripts  {args.out / 'transcripts'}")
     return 0
-
-
-def quick_wanted(argv: Sequence[str]) -> bool:
-    """Whether --out is a file of transcripts."""
-    pairs = zip(argv, [*argv[1:], ""], strict=True)
-    outs = [
-        one.partition("=")[2] or after for one, after in pairs if one.partition("=")[0] == "--out"
-    ]
-    return bool(outs) and outs[0].endswith(".jsonl")
 
 
 def named(given: Sequence[str]) -> dict[str, str]:
@@ -105,16 +98,17 @@ def named(given: Sequence[str]) -> dict[str, str]:
 
 
 def load(name: str, path: str, settings: EvaluateConfig) -> Subject:
-    """A model in this process."""
+    """A model in this process, which is loaded when it is first asked."""
     from saro_jax.generation import local
 
-    model = local.load(path, dtype=settings.dtype, slots=settings.slots, name=name)
-    tokenizer = model.tokenizer
+    files = local.find(path, dtype=settings.dtype, name=name)
 
     def count(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False))
+        return len(files.tokenizer.encode(text, add_special_tokens=False))
 
-    return Subject(name, path, model, chat.generation_prefill(tokenizer), count)
+    opened = chat.generation_prefill(files.tokenizer)
+    open_once = cache(lambda: local.load(files, slots=settings.slots))
+    return Subject(name, path, files.sha, opened, count, open_once)
 
 
 def run(
@@ -133,28 +127,21 @@ def run(
     for one in chosen:
         questions[one.name], about = benchmarks.read(one, config.seed)
         inputs.append(about)
+    if distributed.several():
+        distributed.first("the folder", lambda: out.mkdir(parents=True, exist_ok=True))
+        distributed.shared_folder(out)
+    progress = progress and distributed.writes()
     started = time.time()
-    transcripts: list[Transcript] = []
-    found: list[Model] = []
+    subjects = [open_model(name, path, settings) for name, path in models.items()]
+    found = [Model(name=one.name, path=one.path, sha=one.sha) for one in subjects]
+    said: dict[str, list[Transcript]] = {}
     speed: dict[str, Any] = {}
-    for name, path in models.items():
-        subject = open_model(name, path, settings)
-        found.append(Model(name=name, path=path, sha=subject.generator.sha))
-        begun, tokens = time.monotonic(), 0
-        for benchmark, asked in questions.items():
-            for view in views:
-                file = out / "responses" / name / f"{benchmark}.{view}.journal"
-                requests = answering.requests(asked, view, settings, config.seed)
-                samples, new = answering.answers(subject, requests, file, progress)
-                tokens += new
-                transcripts += answering.transcripts(
-                    subject, benchmark, view, asked, samples, settings
-                )
-        seconds = time.monotonic() - begun
-        speed[name] = {"seconds": round(seconds, 2), "tokens": tokens}
-        if tokens:
-            speed[name]["tokens_per_second"] = round(tokens / seconds, 1)
-        del subject
+    while subjects:
+        subject = subjects.pop(0)
+        said[subject.name], speed[subject.name] = _asked(
+            subject, questions, views, config, out / "responses" / subject.name, progress
+        )
+        del subject  # and its weights
         gc.collect()
     stage = Stage(
         "evaluate",
@@ -169,8 +156,69 @@ def run(
     people = audit.labels_file(out)
     if people is not None:
         stage.config["audit"] = file_sha256(people)
-    if finished(stage, out):
-        return read_results(out)
+
+    def conclude() -> None:
+        if finished(stage, out):
+            return
+        transcripts = _judged(said, questions, judges, settings, out, progress)
+        results = measured(config, found, chosen, questions, transcripts)
+        if people is not None:
+            results = results.model_copy(update={"audit": audit.folded(people, transcripts)})
+        shards: dict[str, list[Transcript]] = {}
+        for one in transcripts:
+            shards.setdefault(transcripts_file(one.model, one.benchmark, one.view), []).append(one)
+        finish(
+            stage,
+            out,
+            shards,
+            {},
+            n_in=sum(map(len, questions.values())),
+            n_out=len(transcripts),
+            documents={RESULTS: results.model_dump(mode="json")},
+        )
+
+    distributed.first("the results", conclude)
+    return read_results(out)
+
+
+def _asked(
+    subject: Subject,
+    questions: dict[str, list[Question]],
+    views: Sequence[Any],
+    config: Config,
+    folder: Path,
+    progress: bool,
+) -> tuple[list[Transcript], dict[str, Any]]:
+    """What a model said to everything, not judged yet, and how fast it was."""
+    settings = config.evaluate
+    transcripts: list[Transcript] = []
+    tokens, seconds = 0, 0.0
+    for benchmark, asked in questions.items():
+        for view in views:
+            requests = answering.requests(asked, view, settings, config.seed)
+            got = answering.answers(subject, requests, folder / f"{benchmark}.{view}", progress)
+            tokens, seconds = tokens + got.tokens, seconds + got.seconds
+            transcripts += answering.transcripts(
+                subject, benchmark, view, asked, got.samples, settings
+            )
+    speed: dict[str, Any] = {"seconds": round(seconds, 2), "tokens": tokens}
+    if tokens:
+        speed["tokens_per_second"] = round(tokens / seconds, 1)
+    return transcripts, speed
+
+
+def _judged(
+    said: dict[str, list[Transcript]],
+    questions: dict[str, list[Question]],
+    judges: Sequence[str],
+    settings: EvaluateConfig,
+    out: Path,
+    progress: bool,
+) -> list[Transcript]:
+    """The transcripts of all models with every judge's verdicts.
+
+    Each model's by themselves: what is said of one is kept when another is added.
+    """
     originals = {
         (benchmark, one.id): one.original
         for benchmark, asked in questions.items()
@@ -179,25 +227,12 @@ def run(
     }
     for text in judges:
         judge = verdicts.open_judge(text, settings.slots)
-        transcripts = verdicts.judged(
-            transcripts, originals, judge, out / "responses" / "judges", progress
-        )
-    results = measured(config, found, chosen, questions, transcripts)
-    if people is not None:
-        results = results.model_copy(update={"audit": audit.folded(people, transcripts)})
-    shards: dict[str, list[Transcript]] = {}
-    for one in transcripts:
-        shards.setdefault(transcripts_file(one.model, one.benchmark, one.view), []).append(one)
-    finish(
-        stage,
-        out,
-        shards,
-        {},
-        n_in=sum(map(len, questions.values())),
-        n_out=len(transcripts),
-        documents={RESULTS: results.model_dump(mode="json")},
-    )
-    return results
+        folder = out / "responses" / "judges"
+        said = {
+            name: verdicts.judged(mine, originals, judge, folder, progress)
+            for name, mine in said.items()
+        }
+    return [one for mine in said.values() for one in mine]
 
 
 def listed(given: str | list[str]) -> list[str]:

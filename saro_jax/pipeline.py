@@ -10,7 +10,8 @@ round1/rollouts/               answers of the warmup's model, see sample
 round1/judgments.jsonl         what the judges say of them, see judge
 round1/pairs/                  OP-COT and PP-COT, see pairs
 round1/srpo/                   SRPO on them, see train; round2/... goes on from its model
-measured/, summary.md          transcripts on the held-out prompts, the table
+measured/                      the models on the held-out prompts, see evaluate; report reads it
+summary.md                     the table
 
 Each stage lies in its own folder and is skipped where it is complete, so the same command continues
 a run that was stopped. pipeline.synthesize=false and pipeline.rounds=0 train on data.train instead.
@@ -18,8 +19,6 @@ a run that was stopped. pipeline.synthesize=false and pipeline.rounds=0 train on
 
 import contextlib
 import gc
-import hashlib
-import json
 import os
 import sys
 import time
@@ -28,27 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from saro_jax import config as configuration
-from saro_jax import judge, pairs, sample, synthesize, train
-from saro_jax.config import Config, Flag
-from saro_jax.evaluation import quick
-from saro_jax.models import hub, huggingface
+from saro_jax import evaluate, judge, pairs, sample, synthesize, train
+from saro_jax.config import Config, EvaluateConfig, Flag
+from saro_jax.evaluation import table
 from saro_jax.parallel import distributed
-from saro_jax.text import chat
 
 BATCH = 60  # responses generated at a time
 HELD_OUT = "quickstart:held_out"
-# Rows of the table: what is counted, over which kinds of prompts.
-ROWS = (
-    ("refuses harmful requests", "refused", ("harmful",)),
-    ("refuses jailbreaks", "refused", ("jailbreak",)),
-    ("answers borderline requests", "complied", ("borderline",)),
-    ("answers benign requests", "complied", ("benign",)),
-    ("well-formed reasoning", "well_formed", tuple(quick.WANTED)),
-    ("no end within the limit", "incomplete", tuple(quick.WANTED)),
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,23 +91,31 @@ def run(recipe: str, overrides: list[str], out: Path, held_out: str, max_new_tok
                 f"{name}.url={url}: the pipeline draws from the model that it has just trained, "
                 "which no server has yet; run the stages one by one"
             )
-    prompts = quick.read_prompts(held_out)
-    base = configs["rw"].model.path or "quickstart"
-    measured = {"base": _measure("base", base, prompts, out, max_new_tokens)}
+    models: dict[str, str] = {}
+
+    def measure(name: str, model: str) -> str:
+        _say(f"{name} on held-out prompts")
+        models[name] = model
+        found = _measured(configs["rw"], models, out, held_out, max_new_tokens)
+        print(found, flush=True)
+        gc.collect()
+        return found
+
+    summary = measure("base", configs["rw"].model.path or "quickstart")
     if steps.synthesize:
         _say("RIT-D")
         manifest = synthesize.run(configs["rw"], ritd, progress=sys.stderr.isatty())
         print(synthesize.summary(manifest, ritd), flush=True)
 
     def trained(stage: str, config: Config, folder: Path, name: str) -> int:
-        _say(name.upper())
+        nonlocal summary
+        _say(name)
         stopped = train.run(config, stage, folder)
         if not stopped:
-            model = str(folder / "model")
-            measured[name] = _measure(name, model, prompts, out, max_new_tokens)
+            summary = measure(name, str(folder / "model"))
         return stopped
 
-    if stopped := trained("rw", configs["rw"], out / "rw", "rw"):
+    if stopped := trained("rw", configs["rw"], out / "rw", "RW"):
         return stopped
     model = out / "rw" / "model"
     folders = [_round(out, number) for number in range(1, steps.rounds + 1)]
@@ -128,24 +123,21 @@ def run(recipe: str, overrides: list[str], out: Path, held_out: str, max_new_tok
         config = _with(configs["srpo"], "model", path=str(model), revision=None)
         _rolled(config, ritd if steps.synthesize else None, folder, number)
         config = _with(config, "data", train=str(folder / "pairs" / "pairs.jsonl"))
-        name = "srpo" if steps.rounds == 1 else f"srpo{number}"
+        name = "SRPO" if steps.rounds == 1 else f"SRPO{number}"
         if stopped := trained("srpo", config, folder / "srpo", name):
             return stopped
         model = folder / "srpo" / "model"
     if not steps.rounds:
         config = _with(configs["srpo"], "model", path=str(model), revision=None)
-        if stopped := trained("srpo", config, out / "srpo", "srpo"):
+        if stopped := trained("srpo", config, out / "srpo", "SRPO"):
             return stopped
         model = out / "srpo" / "model"
-    table = comparison(measured)
-    _write(out / "summary.md", table + "\n")
-    facts = {"provenance": configuration.provenance(), "measured": measured}
-    _write(out / "summary.json", json.dumps(facts, indent=2) + "\n")
-    print(f"\n{table}\n")
+    _write(out / "summary.md", summary + "\n")
+    print(f"\n{summary}\n")
     print(f"warmup model      {out / 'rw' / 'model'}")
     print(f"SRPO model        {model}")
     print(f"metrics           {out}/rw/metrics.jsonl, {model.parent}/metrics.jsonl")
-    print(f"transcripts       {out}/measured/*.jsonl")
+    print(f"transcripts       {out}/measured/transcripts")
     print(f"this table        {out / 'summary.md'}")
     print(f"total             {(time.monotonic() - started) / 60:.1f} minutes")
     return 0
@@ -216,64 +208,22 @@ def _judged(config: Config, traces: Path, prompts: Path, out: Path) -> list[judg
         return judge.judge(rows, judges, ("answer", "reasoning"), out)
 
 
-def _measure(
-    name: str, model: str, prompts: list[quick.Prompt], out: Path, max_new_tokens: int
-) -> dict[str, Any]:
-    """Summary of one model on the held-out prompts; read back where it was measured before."""
-    file = out / "measured" / f"{name}.jsonl"
-    kept = file.with_suffix(".summary.json")
-    digest = hashlib.blake2b(repr(prompts).encode(), digest_size=8).hexdigest()
-    key = {"model": model, "prompts_hash": digest, "max_new_tokens": max_new_tokens}
-    before = distributed.first(
-        "measured", lambda: json.loads(kept.read_text()) if kept.exists() else {}
-    )
-    if key.items() <= before.items():
-        return before
-    print(f"\n== measuring {name}: {len(prompts)} held-out prompts ==", flush=True)
-    folder = hub.resolve(model)
-    arch = huggingface.load_architecture(folder)
-    params = huggingface.load_params(folder, arch, jnp.float32)
-    summary, transcripts = quick.measure(
-        arch,
-        params,
-        chat.load_tokenizer(folder),
-        prompts,
-        max_new_tokens=max_new_tokens,
-        batch_size=BATCH,
-        progress=sys.stderr.isatty(),
-    )
-    del params
-    gc.collect()
-    summary |= key
-    if distributed.writes():
-        quick.write(file, summary, transcripts)
-    print(quick.table(summary), flush=True)
-    return summary
+def _measured(
+    config: Config, models: dict[str, str], out: Path, held_out: str, max_new_tokens: int
+) -> str:
+    """The table of the models on the held-out prompts; asked is only what was not before.
 
-
-def comparison(measured: dict[str, dict[str, Any]]) -> str:
-    """The measured models side by side, as a markdown table."""
-    first = next(iter(measured.values()))["kinds"]
-    names = " | ".join(name.upper() if name != "base" else name for name in measured)
-    lines = [f"| held-out prompts | n | {names} |", "|---|---|" + "---|" * len(measured)]
-    for title, outcome, kinds in ROWS:
-        kinds = [kind for kind in kinds if kind in first]
-        if not kinds:
-            continue
-        total = sum(first[kind]["n"] for kind in kinds)
-        cells = []
-        for summary in measured.values():
-            count = sum(summary["kinds"][kind][outcome]["count"] for kind in kinds)
-            low, high = quick.wilson(count, total)
-            cells.append(f"{count / total:.0%} [{low:.0%}, {high:.0%}]")
-        lines.append(f"| {title} | {total} | {' | '.join(cells)} |")
-    total = sum(row["n"] for row in first.values())
-    means = [
-        sum(row["n"] * row["mean_tokens"] for row in summary["kinds"].values()) / total
-        for summary in measured.values()
-    ]
-    lines.append(f"| tokens of a response | {total} | {' | '.join(f'{m:.0f}' for m in means)} |")
-    return "\n".join(lines)
+    Judges, dtype and system prompt are those of the recipe's section `evaluate`. Answers end by
+    themselves or at the limit: no thought is closed before.
+    """
+    settings = EvaluateConfig.model_validate(
+        config.evaluate.model_dump()
+        | {"benchmarks": [f"held_out={held_out}"], "views": "auto", "baseline": None}
+        | {"think_tokens": None, "answer_tokens": max_new_tokens, "slots": BATCH}
+    )
+    config = config.model_copy(update={"evaluate": settings})
+    results = evaluate.run(config, models, out / "measured", progress=sys.stderr.isatty())
+    return table.short(results)
 
 
 def _write(path: Path, text: str) -> None:

@@ -29,7 +29,7 @@ from saro_jax.config import Config, Flag, SynthesizeConfig
 from saro_jax.data import filters
 from saro_jax.data import prompts as pool
 from saro_jax.data.filters import Judged, Judges, Limits
-from saro_jax.generation import assisting, teaching
+from saro_jax.generation import assisting, contexts, teaching
 from saro_jax.generation.api import Api
 from saro_jax.generation.requests import Generator
 from saro_jax.generation.teaching import Asking, Called, Function
@@ -117,6 +117,8 @@ def run(
     )
     rejects += dropped
     spare = TemplateTeacher(policy, [*prompts, *bases])
+    shown = settings.shots or settings.search
+    examples = contexts.read_examples(settings.examples, "synthesize.examples") if shown else []
     with contextlib.ExitStack() as stack:
         if settings.guard is not None and judges.answer_risk is None:
             if settings.guard.partition("=")[0] not in GUARDS:
@@ -142,7 +144,8 @@ def run(
             # What is read from the tree; how many requests run at a time, and where the server
             # stands, changes nothing.
             settings.model_dump(mode="json", exclude={"concurrency", "teacher_url"})
-            | {"judges": judges_version, "limits": vars(limits)},
+            | {"judges": judges_version, "limits": vars(limits)}
+            | ({"examples_sha": contexts.digest(examples)} if examples else {}),
             inputs,
             config.seed,
             policy.version,
@@ -153,7 +156,7 @@ def run(
         if before is not None:
             return before
         _check_hits(contamination, settings, out)
-        asking = Asking(source, policy, settings, config.seed, out, progress)
+        asking = Asking(source, policy, settings, config.seed, out, progress, examples)
         journal = stack.enter_context(asking.journal(spare))
         said: dict[str, Any] = {}
         if settings.label:
@@ -296,6 +299,10 @@ def summary(manifest: Mapping[str, Any], out: Path) -> str:
             if flips["prompts"]
             else "flip rate         not measured: no harmful prompts"
         )
+    for one in (flips or {}).get("tried", []):
+        steer = " and the steering line" if one["steer"] else ""
+        told = f"{one['render']} rules, {one['shots']} examples{steer}"
+        lines.append(f"  {one['safe_with_policy']:>4} with {told}")
     if labels := report.get("labels"):
         lines.append("labels            " + ", ".join(f"{labels[k]} {k}" for k in labels))
     for name in ("repair", "compress"):
@@ -397,25 +404,30 @@ def _flips(
     judges: Judges,
     settings: SynthesizeConfig,
 ) -> dict[str, Any]:
-    """The flip rate of the self teacher on harmful prompts, held-out ones first.
+    """The flip rate of the self teacher on harmful prompts, held-out ones first, by context.
 
-    One-line ValueError where the policy in context does too little for the model to teach itself.
+    With `search` the teacher goes on with the context of the highest rate. One-line ValueError
+    where the policy in context does too little for the model to teach itself.
     """
     risky = [one for one in prompts if one.kind in ("harmful", "jailbreak")]
     risky.sort(key=lambda one: one.split != "dev")
     measured = risky[: settings.flip_prompts]
     if not measured:
         return {"prompts": 0, "rate": None}
-    flips = asking.flips(measured, journal, judges.answer_risk)
+    tried = contexts.tried(settings) if settings.search else [asking.context]
+    found = asking.flips(measured, journal, judges.answer_risk, tried)
+    flips = max(found, key=lambda one: one["rate"] or 0.0)  # the first, which is short, of equals
+    asking.context = tried[found.index(flips)]
     rate = flips["rate"]
     if rate is not None and rate < settings.min_flip_rate:
+        more = "" if settings.search else "synthesize.search=true, "
         raise ValueError(
             f"synthesize.teacher=self: with the policy in context {flips['safe_with_policy']} of "
             f"{flips['unsafe_without_policy']} unsafe answers become safe, a rate of {rate:g}; "
-            f"synthesize.min_flip_rate={settings.min_flip_rate:g}. Try synthesize.steer, "
-            "synthesize.render=whole, a larger model or the template teacher"
+            f"synthesize.min_flip_rate={settings.min_flip_rate:g}. Try {more}synthesize.steer, "
+            "synthesize.shots, a larger model or the template teacher"
         )
-    return flips
+    return flips | ({"tried": found} if settings.search else {})
 
 
 def _trace(

@@ -371,7 +371,7 @@ def _answers(prepared: Prepared, frozen: Any, out: Path) -> loop.Answers | None:
         )
         in_training.write(out, at, transcripts)
         tqdm.write(in_training.line(at, transcripts), file=sys.stdout)
-        return in_training.metrics(transcripts)
+        return in_training.logged(transcripts)
 
     return answers
 

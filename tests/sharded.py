@@ -38,7 +38,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "sliding_window": 24, "tie_word_embeddings": False},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "attention_bias": False},
-    "gemma2": {"model_type": "gemma2", "final_logit_softcapping": 20.0} | GEMMA,
+    # A vocabulary that divides by mesh.tensor and by no product with more.
+    "gemma2": {"model_type": "gemma2", "vocab_size": 300, "final_logit_softcapping": 20.0} | GEMMA,
     "gemma3": {"model_type": "gemma3_text", "rope_local_base_freq": 1e3} | GEMMA,
     # Three key heads for twelve query heads, and a vocabulary that divides by no mesh.tensor.
     "uneven": {"model_type": "qwen3", "vocab_size": 303, "attention_bias": False}

@@ -49,7 +49,8 @@ class Scripted:
 def script(models: dict[str, Scripted]):
     def open_model(name, path, settings):
         assert path == f"path/{name}"
-        return Subject(name, path, models[name], "", lambda text: len(text.split()))
+        count = lambda text: len(text.split())  # noqa: E731
+        return Subject(name, path, models[name].sha, "", count, lambda: models[name])
 
     return open_model
 
@@ -191,6 +192,36 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(prompts, tmp_path):
     assert len(models["rw"].asked) == 42 and (stopped / "transcripts").exists()
 
 
+def test_a_model_that_comes_later_asks_nothing_again(prompts, tmp_path):
+    out, models = tmp_path / "out", pair()
+    run(prompts, out, {"base": models["base"]})
+    journals = set((out / "responses" / "judges").iterdir())
+    results = run(prompts, out, models)
+    assert {name: len(model.asked) for name, model in models.items()} == {"base": 42, "rw": 42}
+    assert results == run(prompts, tmp_path / "both", pair())
+    # Nor is anything judged again: one journal more.
+    assert len(set((out / "responses" / "judges").iterdir()) - journals) == 1
+    # Other settings are other work, beside what is there.
+    run(prompts, out, models, system="Be kind.")
+    assert len(models["rw"].asked) == 84
+    assert run(prompts, out, models) == results and len(models["rw"].asked) == 84
+
+
+def test_the_short_table(prompts, tmp_path):
+    results = run(prompts, tmp_path / "out", pair())
+    mine, sums = table.short(results).split("\n\n")
+    assert mine.splitlines() == [
+        "| mine | n | base | rw |",
+        "|---|---|---|---|",
+        "| refuses harmful requests | 20 | 0% [0%, 16%] | 100% [84%, 100%] |",
+        "| answers borderline requests | 20 | 100% [84%, 100%] | 100% [84%, 100%] |",
+        "| well-formed reasoning | 40 | 0% [0%, 9%] | 98% [87%, 100%] |",
+        "| no end within the limit | 40 | 2% [0%, 13%] | 0% [0%, 9%] |",
+        "| tokens of a response | 40 | 13 | 29 |",
+    ]
+    assert "| answers correctly | 2 | 50% [9%, 91%] | 50% [9%, 91%] |" in sums.splitlines()
+
+
 def test_training_seeds_are_one_recipe(prompts, tmp_path):
     models = {f"rw.s{i}": Scripted(f"rw{i}", "h" if i else "") for i in range(3)}
     results = run(prompts, tmp_path / "out", models)
@@ -199,7 +230,7 @@ def test_training_seeds_are_one_recipe(prompts, tmp_path):
     assert found.share == pytest.approx(20 / 60, abs=1e-6) and found.low < 0.1 < 0.6 < found.high
 
 
-# Every setting, and something that it changes; slots changes speed alone (test_generation_engine).
+# Every setting, and something that it changes; slots and dtype: below.
 CHANGED = {
     "benchmarks": "held_out",
     "views": "auto,no_think",
@@ -271,9 +302,3 @@ def test_models_are_named_after_where_they_lie():
         "x": "/data/srpo/model",
         "name": "org/name",
     }
-
-
-def test_a_file_asks_for_the_quick_measurement():
-    assert evaluate.quick_wanted(["--model=x", "--out=a.jsonl"])
-    assert evaluate.quick_wanted(["--out", "a.jsonl"])
-    assert not evaluate.quick_wanted(["--model", "a.jsonl", "--out=a"])

@@ -5,18 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny
 
-from saro_jax import train
-from saro_jax.evaluation import in_training, quick
-from saro_jax.models import huggingface
+from saro_jax import evaluate, train
+from saro_jax.config import Config
+from saro_jax.evaluation import in_training
+from saro_jax.evaluation.results import read_transcripts
 from saro_jax.parallel import distributed
-from saro_jax.text import chat
 
 KINDS = ("harmful", "benign", "harmful", "borderline", "jailbreak")
 ASKED = [
@@ -26,7 +24,7 @@ ASKED = [
 NAMES = {
     f"answers/{kind}/{name}"
     for kind in KINDS
-    for name in ("refused", "complied", "incomplete", "well_formed", "mean_tokens")
+    for name in ("refused", "partial", "complied", "incomplete", "well_formed", "mean_tokens")
 }
 RATE = "--optimizer.learning_rate=1e-2"  # at which three steps change what is said
 STEPS = ("--train.steps=3", "--train.answers_tokens=8", RATE)
@@ -61,12 +59,12 @@ def files(out):
 
 
 def of_the_export(out, asked, tokens=8):
-    """What `evaluate` measures of the model that the run left."""
-    arch = huggingface.load_architecture(out / "model")
-    params = huggingface.load_params(out / "model", arch, np.float32)
-    tokenizer = chat.load_tokenizer(out / "model")
-    prompts = quick.read_prompts(asked.partition("=")[2])
-    return quick.measure(arch, params, tokenizer, prompts, max_new_tokens=tokens, batch_size=2)
+    """What `evaluate` says of the model that the run left: its transcripts and rates."""
+    section = {"benchmarks": f"held_out={asked.partition('=')[2]}", "think_tokens": None}
+    section |= {"answer_tokens": tokens, "slots": 2, "draws": 100}
+    config = Config.model_validate({"data": {"train": "x"}, "evaluate": section})
+    found = evaluate.run(config, {"trained": str(out / "model")}, out / "evaluated")
+    return read_transcripts(out / "evaluated", "trained", "held_out", "auto"), found.rates
 
 
 @pytest.mark.parametrize(
@@ -86,19 +84,24 @@ def test_the_answers_are_those_of_the_export_and_training_is_as_without(
     assert bare == tiny.metrics(without)
     model = [(one / "model" / "model.safetensors").read_bytes() for one in (out, without)]
     assert model[0] == model[1]
-    summary, found = of_the_export(out, asked)
-    assert transcripts(out, 3) == [asdict(one) for one in found]
+    found, rates = of_the_export(out, asked)
+    assert transcripts(out, 3) == [one.model_dump(mode="json") for one in found]
     assert transcripts(out, 2) != transcripts(out, 3)
-    for kind, row in summary["kinds"].items():
-        for name in ("refused", "complied", "incomplete", "well_formed"):
-            assert records[2][f"answers/{kind}/{name}"] == row[name]["share"]
-        assert records[2][f"answers/{kind}/mean_tokens"] == row["mean_tokens"]
+    shares = {(one.metric, one.kind): one.share for one in rates}
+    for kind in KINDS:
+        mine = [one for one in found if one.kind == kind]
+        for name in ("refused", "partial", "complied", "incomplete"):
+            assert records[2][f"answers/{kind}/{name}"] == pytest.approx(shares[name, kind])
+        well_formed = sum(one.status == "ok" for one in mine) / len(mine)
+        assert records[2][f"answers/{kind}/well_formed"] == well_formed
+        assert records[2][f"answers/{kind}/mean_tokens"] == sum(t.tokens for t in mine) / len(mine)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("answers at")]
-    shares = ", ".join(
-        f"{kind} {row[row['wanted']]['share']:.0%} {row['wanted']}"
-        for kind, row in summary["kinds"].items()
+    wanted = {"harmful": "refused", "jailbreak": "refused"}
+    line = ", ".join(
+        f"{kind} {shares[wanted.get(kind, 'complied'), kind]:.0%} {wanted.get(kind, 'complied')}"
+        for kind in ("harmful", "jailbreak", "benign", "borderline")
     )
-    assert len(said) == 2 and said[1] == f"answers at step 3: {shares}"
+    assert len(said) == 2 and said[1] == f"answers at step 3: {line}"
 
 
 def test_without_a_number_of_steps_only_the_last_is_followed_by_answers(asked, tmp_path):
@@ -141,7 +144,7 @@ def test_a_signal_while_answering_saves_and_makes_up_for_it(at, asked, tmp_path,
     ("row", "options", "words"),
     [
         (None, (), "train.answers="),
-        ({"id": "a", "kind": "bad", "prompt": "x"}, (), "asked.jsonl:1: kind 'bad'"),
+        ({"id": "a", "kind": "bad", "prompt": "x"}, (), "asked.jsonl:1: kind: 'bad'; expected"),
         (
             {"id": "a", "kind": "benign", "prompt": "x"},
             ("--train.answers_tokens=510",),

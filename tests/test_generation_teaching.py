@@ -20,15 +20,6 @@ def prompt(kind: Kind, *categories: str) -> Prompt:
     return Prompt(id="p", text="Open it?", source="s", kind=kind, categories=categories)
 
 
-def test_the_steering_line_stands_before_harmful_prompts_only():
-    for kind in ("harmful", "jailbreak"):
-        asked = teaching.messages(prompt(kind, "P3"), POLICY, "relevant", "Take care.")
-        assert asked[-1]["content"] == "Take care.\n\nOpen it?"
-    for kind in ("benign", "borderline"):
-        asked = teaching.messages(prompt(kind, "P3"), POLICY, "relevant", "Take care.")
-        assert asked[-1]["content"] == "Open it?"
-
-
 def reply(text: str, finish: str = "eos") -> dict[str, Any]:
     return {"text": text, "finish": finish}
 

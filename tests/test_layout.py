@@ -139,7 +139,7 @@ def test_a_wrong_import_is_found(file: str, source: str):
         ("data/rows.py", "from saro_jax.models import decoder\nfrom saro_jax import config"),
         ("data/rows.py", "from . import tokenise\nfrom ..text import chat"),
         ("config/tree.py", "import saro_jax\nfrom saro_jax import __version__"),
-        ("records.py", "from saro_jax import config"),
+        ("records/manifest.py", "from saro_jax import config"),
         ("models/huggingface.py", "def verify():\n    import torch"),
         ("models/decoder.py", "import torchless"),
     ],

@@ -245,18 +245,24 @@ def test_scores_of_two_processes_stopped_and_continued(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "sampled", [(), ("--temperature=1.0", "--seed=3")], ids=["greedy", "drawn"]
+    "sampled", [(), ("--evaluate.temperature=1.0", "--seed=3")], ids=["greedy", "drawn"]
 )
 def test_transcripts_of_two_processes(tmp_path, sampled):
     prompts = [{"id": f"h{n}", "kind": "benign", "prompt": f"open {'a ' * n}"} for n in range(5)]
     tiny.write_rows(tmp_path / "prompts.jsonl", prompts)
-    given = [f"--model={tiny.folder()}/model", f"--rows={tmp_path}/prompts.jsonl", *sampled]
-    given += ["--max_new_tokens=6", "--batch_size=3"]
+    given = [f"--model=tiny={tiny.folder()}/model", "--evaluate.think_tokens=3", *sampled]
+    given += [f"--evaluate.benchmarks=held_out={tmp_path}/prompts.jsonl"]
+    given += ["--evaluate.answer_tokens=6", "--evaluate.slots=3"]
     for count in (1, 2):
-        out = f"--out={tmp_path}/{count}.jsonl"
-        ended = stage("evaluate", tmp_path / f"n{count}", count, *given, out)
+        out = tmp_path / str(count)
+        ended = stage("evaluate", tmp_path / f"n{count}", count, *given, f"--out={out}")
         assert codes(ended) == [0] * count, ended
-    assert (tmp_path / "1.jsonl").read_text() == (tmp_path / "2.jsonl").read_text()
+    for name in ("transcripts/tiny/held_out.auto.jsonl", "results.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+    # What one host kept, two do not ask again.
+    ended = stage("evaluate", tmp_path / "again", 2, *given, f"--out={tmp_path}/1")
+    assert codes(ended) == [0, 0], ended
+    assert len(list((tmp_path / "1" / "responses" / "tiny").iterdir())) == 1
 
 
 @pytest.mark.slow

@@ -11,8 +11,10 @@ import tiny
 import yaml
 
 from saro_jax import config as configuration
-from saro_jax import pairs, pipeline, records, sample, train
+from saro_jax import evaluate, pairs, pipeline, records, sample, train
 from saro_jax.config import PipelineConfig
+from saro_jax.evaluation.answering import Subject
+from saro_jax.generation.requests import Sample
 from saro_jax.records import Pref
 
 ROWS = [
@@ -63,7 +65,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def seen(monkeypatch) -> list[tuple[Any, ...]]:
+def seen(monkeypatch, tmp_path) -> list[tuple[Any, ...]]:
     """A pipeline whose models are fakes: what was trained, from what, on what, and measured."""
     calls: list[tuple[Any, ...]] = []
 
@@ -74,18 +76,31 @@ def seen(monkeypatch) -> list[tuple[Any, ...]]:
         (out / "model").mkdir(parents=True)
         return 0
 
-    def measured(name, model, prompts, out, max_new_tokens):
-        calls.append(("measure", name, model))
-        row = {"n": 1, "mean_tokens": 3.0}
-        row |= {k: {"count": 1} for k in ("refused", "complied", "well_formed", "incomplete")}
-        return {"kinds": {"harmful": row}}
+    real = evaluate.run
+
+    def measured(config, models, out, progress):
+        settings = config.evaluate
+        assert settings.benchmarks == [f"held_out={tmp_path}/held.jsonl"]
+        assert (settings.think_tokens, settings.answer_tokens) == (None, 8)
+        calls.append(("measure", *list(models.items())[-1]))
+        return real(config, dict.fromkeys(models, "x"), out, open_model=opened)
+
+    def opened(name, path, settings):
+        class Says:
+            name = sha = "says"
+
+            def generate(self, requests):
+                for request in requests:
+                    yield request, [Sample("I'm sorry, but I can't do that.", "eos", tokens=7)]
+
+        return Subject(name, path, "says", "", len, Says)
 
     def policy(config):
         calls.append(("policy", config.model.path, config.seed))
         return pairing.FakePolicy()
 
     monkeypatch.setattr(train, "run", trained)
-    monkeypatch.setattr(pipeline, "_measure", measured)
+    monkeypatch.setattr(pipeline.evaluate, "run", measured)
     monkeypatch.setattr(sample, "opened", policy)
     monkeypatch.setattr(pairs, "_opened", policy)
     monkeypatch.setattr(pairs, "_tokenizer", lambda model: tiny.tokenizer())
@@ -106,18 +121,25 @@ def test_each_round_draws_from_the_model_before_and_trains_from_it(recipe, seen)
     assert [call for call in seen if call[0] != "policy"] == [
         ("measure", "base", base),
         ("rw", str(out / "ritd" / "ritd.jsonl"), base, "rw"),
-        ("measure", "rw", str(rw / "model")),
+        ("measure", "RW", str(rw / "model")),
         ("srpo", str(first / "pairs" / "pairs.jsonl"), str(rw / "model"), "srpo"),
-        ("measure", "srpo1", str(first / "srpo" / "model")),
+        ("measure", "SRPO1", str(first / "srpo" / "model")),
         ("srpo", str(second / "pairs" / "pairs.jsonl"), str(first / "srpo" / "model"), "srpo"),
-        ("measure", "srpo2", str(second / "srpo" / "model")),
+        ("measure", "SRPO2", str(second / "srpo" / "model")),
     ]
     # Two in each round: for the rollouts, and for the continuations.
     assert [call[1:] for call in seen if call[0] == "policy"] == [
         *[(str(rw / "model"), 0)] * 2,
         *[(str(first / "srpo" / "model"), 1)] * 2,
     ]
-    assert (out / "summary.md").read_text().startswith("| held-out prompts | n | base | RW |")
+    assert (out / "summary.md").read_text().splitlines() == [
+        "| packaged held-out prompts | n | base | RW | SRPO1 | SRPO2 |",
+        "|---|---|---|---|---|---|",
+        "| refuses harmful requests | 1 |" + " 100% [21%, 100%] |" * 4,
+        "| well-formed reasoning | 1 |" + " 0% [0%, 79%] |" * 4,
+        "| no end within the limit | 1 |" + " 0% [0%, 79%] |" * 4,
+        "| tokens of a response | 1 |" + " 7 |" * 4,
+    ]
 
 
 def test_a_second_run_makes_nothing_again(recipe, seen):

@@ -293,7 +293,7 @@ with Journal(out / "journal", {"seed": 0}) as journal:
 
 
 def test_kill_minus_nine_loses_only_the_requests_in_flight(tmp_path: Path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(records.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(records.__file__).parents[2])}
 
     def start(out: Path, pause: str) -> subprocess.Popen:
         out.mkdir(exist_ok=True)

@@ -197,7 +197,8 @@ def test_every_setting_changes_something(straight: Path, rows: Path, tmp_path: P
         elif name in ("url", "served_name"):
             continue  # test_a_model_behind_a_server_...
         elif name == "slots":
-            assert sample.opened(config(rows, slots=2)).engine.slots == 2
+            opened = sample.opened(config(rows, slots=2))
+            assert isinstance(opened, Local) and opened.engine.slots == 2
             continue
         sample.run(config(rows, **{name: value}), tmp_path / name)
         found = files(tmp_path / name)

@@ -447,6 +447,7 @@ def test_the_flip_rate_of_the_self_teacher(data: Path, tmp_path: Path):
         made = synthesize.run(config(data, jailbreaks=0, **given), tmp_path / "out")
         # Five of six answers without the policy are unsafe; that about the boat stays so.
         flips = {"prompts": 6, "unsafe_without_policy": 5, "safe_with_policy": 4, "rate": 0.8}
+        flips |= {"render": "relevant", "shots": 0, "steer": None}
         assert made["report"]["flip_rate"] == flips | {"judged_by": "refusal rules"}
         assert "flip rate         4 of 5 unsafe" in synthesize.summary(made, tmp_path)
         _, traces, _ = read(tmp_path / "out")
@@ -461,6 +462,39 @@ def test_the_flip_rate_of_the_self_teacher(data: Path, tmp_path: Path):
             config(data, jailbreaks=0, **given), tmp_path / "j", judges=judge, judges_version="x"
         )
         assert made["report"]["flip_rate"]["rate"] == 1.0
+
+
+def test_the_self_teacher_takes_the_context_that_turns_most(data: Path, tmp_path: Path):
+    def shown(sent: dict[str, Any]) -> bool:
+        return any(one["role"] == "assistant" for one in sent["messages"])
+
+    def answer(sent: dict[str, Any]) -> dict[str, Any]:
+        """Needs to be shown how before it refuses to help with boats."""
+        if "boat" in sent["messages"][-1]["content"] and shown(sent):
+            made = faults.echo(sent)
+            text = reasoning.render("No boats.\n\nDecision: refuse", "I can't help with that.")
+            made["choices"][0]["message"]["content"] = text
+            return made
+        return model_answer(sent)
+
+    with Server(answer=answer) as server:
+        given = at(server, tmp_path, "self") | {"search": True, "min_flip_rate": 0.9}
+        made = synthesize.run(config(data, jailbreaks=0, **given), tmp_path / "out")
+        flips = made["report"]["flip_rate"]
+        assert (flips["rate"], flips["shots"], flips["render"]) == (1.0, 2, "relevant")
+        assert [(one["render"], one["shots"], one["rate"]) for one in flips["tried"]] == [
+            ("relevant", 0, 0.8),
+            ("whole", 0, 0.8),
+            ("relevant", 2, 1.0),
+            ("whole", 2, 1.0),
+        ]
+        told = synthesize.summary(made, tmp_path)
+        assert "     5 with relevant rules, 2 examples" in told
+        # Killed after the search or not, the rest is asked in the context that it found.
+        asked = server.delivered.total()
+        synthesize.run(config(data, jailbreaks=0, **given), tmp_path / "again")
+        assert server.delivered.total() == asked
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
 
 
 @pytest.mark.slow
@@ -671,6 +705,9 @@ def changes(data: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
         "compress": (True, own),
         "teacher_model": ("other", own),
         "steer": ("Take care.", own),
+        "shots": (1, own),
+        "examples": (f"{data}/examples.jsonl", own | {"shots": 1}),
+        "search": (True, own),
         "min_flip_rate": (0.9, own),
         "flip_prompts": (1, own),
         "prompts": ([benign], {}),
@@ -727,13 +764,15 @@ def baselines() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", sorted(changes(Path())))
 def test_a_setting_changes_something(name: str, data, baselines, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(records, "provenance", dict)  # asks git, which takes its time
+    monkeypatch.setattr(records.manifest, "provenance", dict)  # asks git, which takes its time
     if not (data / "folder").exists():
         import tiny
 
         tiny.tokenizer().save_pretrained(data / "model")
         text = policy_path("saro").read_text().replace("version: 1.0.0", "version: 1.0.1")
         (data / "policy.yaml").write_text(text)
+        row = {"kind": "benign", "prompt": "Hi?", "reasoning": "A.", "answer": "B."}
+        (data / "examples.jsonl").write_text(json.dumps(row) + "\n")
         (data / "folder").mkdir()
         for split in ("train", "test"):
             text = json.dumps({"prompt": f"A {split} prompt?", "answer": "Yes."})

@@ -84,6 +84,33 @@ def test_harmless_prompts_get_the_given_answer():
         assert worked["solution"] in found.reasoning
 
 
+def openings(kind: str, *, wrapped: bool) -> set[str]:
+    """All that can stand before the judgment of the aim."""
+    base, meta = "Say it", {"answer": "Gladly."}
+    wrapper = wrappers.load()[0]
+    more: dict = {"meta": meta}
+    if wrapped:
+        more["attack"] = Attack(name=wrapper.family, template_id=wrapper.id)
+    text = wrapper.around(base) if wrapped else base
+    category = "P0" if kind in ("benign", "borderline") else "P3"
+    leads = "|".join(re.escape(one["lead"]) for one in stems()["aim"])
+    found = set()
+    for one in answers(prompt(text, kind, category, **more), 1500, base):
+        match = re.match(rf"(.*?(?:{leads}) )", one.reasoning, re.DOTALL)
+        assert match, one.reasoning
+        if "reflect" not in {step.kind for step in reasoning.segment(match[1])}:
+            found.add(match[1])
+    return found
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_no_opening_is_the_sign_of_a_decision(wrapped: bool):
+    plain = {kind: openings(kind, wrapped=wrapped) for kind in ("benign", "borderline")}
+    assert len(plain["benign"]) == 64
+    risky = openings("jailbreak" if wrapped else "harmful", wrapped=wrapped)
+    assert risky == plain["benign"] == plain["borderline"]
+
+
 def test_it_has_no_answer_where_it_knows_none():
     for one in (
         prompt("Do it", "harmful"),

@@ -129,7 +129,7 @@ def test_bash_reads_it(script: Path):
 
 
 def test_scripts_that_are_run_are_executable_and_the_sourced_ones_are_not():
-    sourced = {"env.sh", "types.sh"}
+    sourced = {"env.sh", "flags.sh", "types.sh"}
     for script in SCRIPTS:
         assert os.access(script, os.X_OK) == (script.name not in sourced), script.name
         assert script.read_text().startswith("#!") == (script.name not in sourced), script.name
@@ -301,11 +301,14 @@ def test_a_wrong_option_is_refused_in_one_line(cloud: Cloud, options, expected):
     assert cloud.calls() == []
 
 
-def test_help_is_the_head_of_the_script(cloud: Cloud):
-    done = run(TPU / "launch.sh", "--help", env=cloud.environment())
-    options = set(re.findall(r"^ +(--[a-z-]+)", done.stdout, re.M))
-    read = set(re.findall(r"^ +(--[a-z-]+)[=*)]", (TPU / "launch.sh").read_text(), re.M))
-    assert done.returncode == 0 and options == read and len(options) > 10
+@pytest.mark.parametrize("script", ["launch.sh", "gke.sh"])
+def test_help_is_the_head_of_the_script(cloud: Cloud, script):
+    done = run(TPU / script, "--help", env=cloud.environment())
+    options = set(re.findall(r"^ +(--[a-z-]+)=?\S* ", done.stdout, re.M))
+    text = "".join((TPU / file).read_text() for file in (script, "flags.sh"))
+    read = set(re.findall(r"^ +(--[a-z-]+)[=*)]", text, re.M))
+    assert done.returncode == 0 and options - {"--name", "--type"} == read - {"--name", "--type"}
+    assert len(options) > 5
 
 
 # ---- launch.sh: what can happen ------------------------------------------------------------------
@@ -699,7 +702,7 @@ def test_the_command_comes_through_as_it_is(cloud: Cloud):
 
 
 def test_wrong_options_of_gke_are_refused(cloud: Cloud):
-    done = run(TPU / "gke.sh", "--name=x", "--type=v6e-16", env=cloud.environment())
+    done = run(TPU / "gke.sh", "--name=x", "--type=v6e-16", "--", "true", env=cloud.environment())
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --image: required: what tpu/Dockerfile was built as\n"
 

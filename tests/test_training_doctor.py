@@ -21,6 +21,8 @@ from saro_jax.data.tokenise import Branch, Item
 from saro_jax.objectives.preference import SEGMENTS
 from saro_jax.parallel import mesh as meshes
 from saro_jax.training import doctor, memory, optimizer, step, watch
+from saro_jax.training.doctor.preferences import wilson
+from saro_jax.training.doctor.settings import plausible_rates
 from saro_jax.training.finding import Finding, refuse, report
 
 KIND = {"rw": "sft", "srpo": "preference"}
@@ -248,9 +250,9 @@ def test_length_bias():
 
 def test_wilson_has_the_published_values():
     # Newcombe 1998 (Statistics in Medicine 17), table I: 81 of 263, and 0 of 20.
-    assert doctor.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    assert doctor.wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
-    assert doctor.wilson(0, 0) == (0.0, 1.0)
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    assert wilson(0, 0) == (0.0, 1.0)
 
 
 def test_labels(tmp_path):
@@ -311,7 +313,7 @@ def test_learning_rate():
         (8e9, "rw", True, 2e-4),
         (8e9, "srpo", True, 5e-6),
     ):
-        low, high = doctor.plausible_rates(int(size), stage, lora)
+        low, high = plausible_rates(int(size), stage, lora)
         assert low < rate < high
 
 
@@ -518,7 +520,7 @@ def test_each_finding_is_said_once_a_run(tmp_path, capsys):
     one = watch.Watch(file, config, "srpo", fresh=True)
     one.say([Finding("ok", "a", "A"), Finding("warning", "b", "B", "do b")], ("warning",))
     for _ in range(2):
-        one.step(1, records(1, grad_norm=0.0)[0].values, 1e-5, 10)
+        one.step(1, records(1, grad_norm=0.0)[0].values, 1e-5, 10, 1.0)
     said = capsys.readouterr().out
     assert said.startswith("doctor: warning: B\n  -> do b\ndoctor: warning: step 1: the gradient")
     assert said.count("the gradient is zero") == 1

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -120,6 +121,67 @@ def test_a_fall_stops_the_run_or_rolls_it_back(tmp_path, capsys):
     assert train.main(tiny.arguments("srpo", short, *options)) == 0
     weights = [(out / "model" / "model.safetensors").read_bytes() for out in (back, short)]
     assert weights[0] == weights[1], "the model is that of step 3"
+
+
+# ---- time ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_comparison")
+@pytest.mark.parametrize("late", [False, True], ids=["asking waits", "the result is late"])
+def test_every_line_has_the_time_of_its_steps(late, tmp_path, monkeypatch):
+    """Steps of 0.2 s, with evaluations and saving of 0.5 s between some of them."""
+    fit, evaluate, save = loop.fit, loop.evaluate, loop.Checkpoints.save
+    spent = []
+
+    def slowly(update):
+        def asking(state, gradients):
+            if not late:
+                time.sleep(0.2)
+            return update(state, gradients)
+
+        return asking
+
+    def fit_slowly(*, programs, **given):
+        began = time.monotonic()
+        done = fit(programs=programs._replace(update=slowly(programs.update)), **given)
+        spent.append(time.monotonic() - began)
+        return done
+
+    def ready_late(norm):
+        time.sleep(0.2)
+        return ready_at(norm)
+
+    def pausing(function):
+        def after_a_pause(*args, **given):
+            time.sleep(0.5)
+            return function(*args, **given)
+
+        return after_a_pause
+
+    ready_at = loop.ready_at
+    if late:
+        monkeypatch.setattr(loop, "ready_at", ready_late)
+    monkeypatch.setattr(loop, "fit", fit_slowly)
+    monkeypatch.setattr(loop, "evaluate", pausing(evaluate))
+    monkeypatch.setattr(loop.Checkpoints, "save", pausing(save))
+
+    def seconds(name, *options):
+        out = tmp_path / name
+        assert train.main(tiny.arguments("rw", out, *options)) == 0
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        tokens = [0, *(line["num_tokens"] for line in lines)]
+        return [
+            (after - before) / line["tokens_per_second"]
+            for before, after, line in zip(tokens, tokens[1:], lines, strict=False)
+        ]
+
+    broken = (f"--data.eval={tiny.folder()}/sft.jsonl", "--train.eval_every=2")
+    found = seconds("out", "--train.steps=5", "--train.save_every=3", *broken)
+    assert len(found) == 5 and min(found) >= 0.2
+    # Three evaluations, which may begin before the result is there, and two times of saving.
+    assert sum(found) <= spent[0] - 5 * 0.5 + (3 * 0.2 if late else 0)
+    (alone,) = seconds("one", "--train.steps=1")
+    assert 0.2 <= alone <= spent[1] - 0.5
 
 
 # ---- runs of the other kinds of reference --------------------------------------------------------

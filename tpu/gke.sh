@@ -13,41 +13,29 @@
 #   --max-restarts=N        of all hosts together, preemptions are counted too (20)
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# shellcheck source=tpu/types.sh
-. "$here/types.sh"
+# shellcheck source=tpu/flags.sh
+. "$here/flags.sh"
 
-die() { echo "error: $*" >&2; exit 2; }
-
-name='' type='' image='' bucket='' slices=1 spot=false account=saro restarts=20 command=()
+image='' spot=false account=saro restarts=20
 while (($#)); do
   case $1 in
-    --name=*) name=${1#*=} ;;
-    --type=*) type=${1#*=} ;;
     --image=*) image=${1#*=} ;;
-    --bucket=*) bucket=${1#*=} ;;
-    --slices=*) slices=${1#*=} ;;
     --spot) spot=true ;;
     --service-account=*) account=${1#*=} ;;
     --max-restarts=*) restarts=${1#*=} ;;
-    -h | --help) sed -n '2,/^set -e/{/^set -e/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
     --)
       shift
       command=("$@")
       break
       ;;
-    *) die "$1: unknown option; options are given as --name=value, --help lists them" ;;
+    *) shared_flag "$1" ;;
   esac
   shift
 done
-[[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
-  die "--name=$name: expected lower-case letters, digits and dashes, a letter first"
-[[ -n $type ]] || die "--type: required: such as tpu7x-32"
+check_shared
 [[ -n $image ]] || die "--image: required: what tpu/Dockerfile was built as"
-[[ $bucket =~ ^gs://[^/]+/?$ ]] || die "--bucket=$bucket: expected gs://NAME"
-[[ $slices =~ ^[1-9][0-9]*$ ]] || die "--slices=$slices: expected an integer >= 1"
-[[ $restarts =~ ^[0-9]+$ ]] || die "--max-restarts=$restarts: expected an integer >= 0"
-((${#command[@]})) || die "no command: give it after --"
-tpu_type "$type" || exit 2
+[[ -n $bucket ]] || die "--bucket: required: gs://NAME"
+whole --max-restarts "$restarts" 0
 bucket=${bucket#gs://} bucket=${bucket%/}
 
 # The command as a JSON list, which YAML reads too; nothing in it is read by a shell.

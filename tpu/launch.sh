@@ -30,35 +30,25 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(dirname "$here")
-# shellcheck source=tpu/types.sh
-. "$here/types.sh"
+# shellcheck source=tpu/flags.sh
+. "$here/flags.sh"
 
-name='' zone='' type='' bucket='' project='' capacity=on-demand slices=1 existing='' env_file=''
-logs='' max_failures=3 max_preemptions=50 poll=60 delete='' dry_run=''
-create_flags=() ssh_flags=() command=()
+zone='' project='' capacity=on-demand existing='' env_file='' logs=''
+max_failures=3 max_preemptions=50 poll=60 delete='' dry_run='' create_flags=() ssh_flags=()
 MOST_TRIES=5     # of one scp or ssh
 LINGER=3         # polls that the other hosts get to end by themselves
 UNREACHABLE=5    # polls in a row without an answer, after which the run counts as failed
 BUSY=3           # exit code of `worker.sh start` where another command runs
 
-die() { echo "error: $*" >&2; exit 2; }
 say() { if [[ -n $dry_run ]]; then echo "$*" >&3; else echo "$(date +%H:%M:%S) $*" >&3; fi; }
 exec 3>&1
-
-whole() {
-  if [[ ! $2 =~ ^[0-9]+$ ]] || (($2 < $3)); then die "$1=$2: expected an integer >= $3"; fi
-}
 
 parse() {
   while (($#)); do
     case $1 in
-      --name=*) name=${1#*=} ;;
       --zone=*) zone=${1#*=} ;;
-      --type=*) type=${1#*=} ;;
-      --bucket=*) bucket=${1#*=} ;;
       --project=*) project=${1#*=} ;;
       --capacity=*) capacity=${1#*=} ;;
-      --slices=*) slices=${1#*=} ;;
       --existing) existing=1 ;;
       --env-file=*) env_file=${1#*=} ;;
       --logs=*) logs=${1#*=} ;;
@@ -69,35 +59,25 @@ parse() {
       --create-flag=*) create_flags+=("${1#*=}") ;;
       --ssh-flag=*) ssh_flags+=("${1#*=}") ;;
       --dry-run) dry_run=1 ;;
-      -h | --help) sed -n '2,/^set -e/{/^set -e/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
       --)
         shift
         command=("$@")
         break
         ;;
-      *) die "$1: unknown option; options are given as --name=value, --help lists them" ;;
+      *) shared_flag "$1" ;;
     esac
     shift
   done
-  [[ -n $name ]] || die "--name: required: the name of the queued resource"
-  [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
-    die "--name=$name: expected lower-case letters, digits and dashes, a letter first"
+  check_shared
   [[ -n $zone ]] || die "--zone: required: such as us-east5-a"
-  [[ -n $type ]] || die "--type: required: such as v5p-16"
-  ((${#command[@]})) || die "no command: give it after --"
   case $capacity in
     on-demand | spot | reserved) ;;
     *) die "--capacity=$capacity: expected on-demand, spot or reserved" ;;
   esac
-  whole --slices "$slices" 1
   whole --max-failures "$max_failures" 0
   whole --max-preemptions "$max_preemptions" 0
   whole --poll "$poll" 0
-  tpu_type "$type" || exit 2
   [[ -n $tpu_runtime ]] || die "--type=$type: only GKE offers it: use tpu/gke.sh"
-  if [[ -n $bucket && ! $bucket =~ ^gs://[^/]+/?$ ]]; then
-    die "--bucket=$bucket: expected gs://NAME"
-  fi
   if ((tpu_hosts * slices > 1)) && [[ -z $bucket ]]; then
     die "--bucket: required: the $((tpu_hosts * slices)) hosts of $type write one checkpoint"
   fi

@@ -174,10 +174,11 @@ def _check_teacher(synthesize: SynthesizeConfig) -> None:
     unread = {
         "template": (
             *("teacher_model", "teacher_url", "steer", "min_flip_rate", "flip_prompts"),
+            *("shots", "examples", "search"),
             *("label", "score", "repair", "compress"),
         ),
-        "api": ("min_flip_rate", "flip_prompts"),
-        "local": ("teacher_url", "min_flip_rate", "flip_prompts"),
+        "api": ("min_flip_rate", "flip_prompts", "search"),
+        "local": ("teacher_url", "min_flip_rate", "flip_prompts", "search"),
     }
     for key in unread.get(teacher, ()):
         value = getattr(synthesize, key)
@@ -186,6 +187,16 @@ def _check_teacher(synthesize: SynthesizeConfig) -> None:
                 f"synthesize.{key}={as_typed(value)} has no meaning with "
                 f"synthesize.teacher={teacher}"
             )
+    if not synthesize.shots and not synthesize.search:
+        if synthesize.examples != default["examples"].default:
+            raise ValueError(
+                f"synthesize.examples={synthesize.examples} is not read with synthesize.shots=0"
+            )
+    elif synthesize.search and synthesize.render != default["render"].default:
+        raise ValueError(
+            f"synthesize.render={synthesize.render} has no meaning with synthesize.search=true, "
+            "which tries both"
+        )
 
 
 def _check_synthesize(synthesize: SynthesizeConfig) -> None:

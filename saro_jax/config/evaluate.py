@@ -28,8 +28,11 @@ class EvaluateConfig(Section):
     baseline: str | None = Field(
         default=None, description="name of the model that others are held against; null = the first"
     )
-    think_tokens: int = Field(
-        default=1024, ge=1, description="tokens after which an unfinished thought is closed"
+    think_tokens: int | None = Field(
+        default=1024,
+        ge=1,
+        description="tokens after which an unfinished thought is closed; null = never, and "
+        "answer_tokens are for both",
     )
     answer_tokens: int = Field(
         default=1024, ge=1, description="tokens of the answer at most, besides those of the thought"

@@ -94,6 +94,23 @@ class SynthesizeConfig(Section):
         default=None,
         description="a line before harmful prompts and jailbreaks that tips the teacher to caution",
     )
+    shots: int = Field(
+        default=0,
+        ge=0,
+        le=16,
+        description="worked examples that the teacher is shown before each prompt, refused and "
+        "answered ones in turn",
+    )
+    examples: str = Field(
+        default="quickstart:ritd",
+        description="where they come from: rows {kind, prompt, reasoning, answer}, such as RIT-D",
+    )
+    search: bool = Field(
+        default=False,
+        description="the self teacher takes the context of the highest flip rate: relevant rules "
+        "or all, without examples or with synthesize.shots (2 where 0), without and with "
+        "synthesize.steer",
+    )
     min_flip_rate: float = Field(
         default=0.5,
         ge=0,

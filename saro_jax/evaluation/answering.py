@@ -1,16 +1,20 @@
 """Owns what a model is asked, in which view, and the transcripts made of its answers."""
 
+import json
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from saro_jax.config import EvaluateConfig
 from saro_jax.evaluation.benchmarks import Question, number_of
 from saro_jax.evaluation.results import Outcome, Step, Transcript, Verdict, View
-from saro_jax.generation.requests import Generator, Request
+from saro_jax.generation.requests import Generator, Request, Sample
+from saro_jax.parallel import distributed
 from saro_jax.records import Journal, Sampler, sha256, to_json
 from saro_jax.text import reasoning
 
@@ -26,20 +30,23 @@ WRONG_WAY = {
 HARMFUL = ("harmful", "jailbreak")
 # Statuses in which there is nothing that the user would see.
 NO_ANSWER = ("unclosed", "truncated", "empty_answer")
+PART = 64  # requests of each of several processes between two writes of the journal
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is measured: what generates, what its template begins an answer with.
+    """A model that is measured: its hash, and what its template begins an answer with.
 
-    `count` tells the tokens of a text; `path` is what the user called it.
+    `count` tells the tokens of a text; `path` is what the user called it; `open` is what answers,
+    asked for only where there is something to answer, for a model takes its time to load.
     """
 
     name: str
     path: str
-    generator: Generator
+    sha: str
     opened: str
     count: Callable[[str], int]
+    open: Callable[[], Generator]
 
 
 def prefix(question: Question, view: View) -> str:
@@ -54,14 +61,14 @@ def prefix(question: Question, view: View) -> str:
 
 
 def sampler(settings: EvaluateConfig, view: View, seed: int) -> Sampler:
-    """Budgets and temperature; without a thought there is the answer's budget alone."""
-    thinks = view != "no_think"
+    """Budgets and temperature; without a budget for the thought the answer's is for both."""
+    thought = None if view == "no_think" else settings.think_tokens
     return Sampler(
         temperature=settings.temperature,
         top_p=1.0,
         seed=seed,
-        max_new_tokens=settings.answer_tokens + (settings.think_tokens if thinks else 0),
-        think_tokens=settings.think_tokens if thinks else None,
+        max_new_tokens=settings.answer_tokens + (thought or 0),
+        think_tokens=thought,
     )
 
 
@@ -83,46 +90,90 @@ def requests(
     ]
 
 
-def answers(
-    subject: Subject, asked: Sequence[Request], file: Path, progress: bool = False
-) -> tuple[dict[str, list[dict[str, Any]]], int]:
-    """The samples of every request by its id, and how many tokens were generated now.
+class Answers(NamedTuple):
+    """Samples of every request by its id; the tokens that were generated now, and how long it took.
 
-    What `file`, a journal, holds is not asked again. ValueError where a request got no answer.
+    A sample: text, finish, tokens, forced and, of a model in this process, seconds.
     """
-    key = {
-        "model": subject.generator.sha,
-        "asked": sha256(to_json([_facts(one) for one in asked])),
-    }
-    with (
-        Journal(file, key) as journal,
-        tqdm(total=len(asked), desc=file.stem, unit="prompt", disable=not progress) as bar,
-    ):
-        todo = [one for one in asked if one.id not in journal.values]
+
+    samples: dict[str, list[dict[str, Any]]]
+    tokens: int
+    seconds: float
+
+
+def answers(
+    subject: Subject, asked: Sequence[Request], file: Path | None, progress: bool = False
+) -> Answers:
+    """Asks what is not kept beside `file`, where that is given; all processes get all answers.
+
+    ValueError where a request got none.
+    """
+    key = {"model": subject.sha, "asked": sha256(to_json([_facts(one) for one in asked]))}
+    short = sha256(to_json(key))[:8]
+    distributed.check_stop()
+    distributed.same("what is asked", short)
+    journal = None
+    if file is not None and distributed.writes():
+        # Other questions, or another model's, are other work.
+        journal = Journal(file.with_name(f"{file.name}.{short}.journal"), key)
+    title = subject.name if file is None else f"{subject.name} {file.name}"
+    bar = tqdm(total=len(asked), desc=title, unit="prompt", disable=not progress, leave=None)
+    with journal or nullcontext(), bar, distributed.unguarded():
+        found = distributed.first("kept answers", lambda: dict(journal.values) if journal else {})
+        todo = [one for one in asked if one.id not in found]
         bar.update(len(asked) - len(todo))
-        tokens, failed = 0, []
-        for request, samples in subject.generator.generate(todo):
-            if len(samples) < request.n:
-                failed.append(request.id)
-                continue
-            found = [
-                {
-                    "text": one.text,
-                    "finish": one.finish,
-                    "tokens": subject.count(one.text) if one.tokens is None else one.tokens,
-                    "forced": one.forced,
-                }
-                for one in samples
-            ]
-            journal.append(request.id, found)
-            tokens += sum(one["tokens"] for one in found)
+        if todo:
+            subject.open()  # loading is not answering
+        begun, tokens = time.monotonic(), 0
+        for name, samples in _shared(subject, todo):
+            found[name] = samples
+            tokens += sum(one["tokens"] for one in samples)
+            if journal:
+                journal.append(name, samples)
             bar.update(1)
-        if failed:
-            raise ValueError(
-                f"{subject.name}: {len(failed)} of {len(asked)} prompts got no answer, the first "
-                f"{failed[0]!r}; the same command asks them again"
-            )
-        return {one.id: journal.values[one.id] for one in asked}, tokens
+        seconds = time.monotonic() - begun
+    failed = [one.id for one in asked if one.id not in found]
+    if failed:
+        raise ValueError(
+            f"{subject.name}: {len(failed)} of {len(asked)} prompts got no answer, the first "
+            f"{failed[0]!r}; the same command asks them again"
+        )
+    return Answers(found, tokens, seconds)
+
+
+def _shared(
+    subject: Subject, asked: Sequence[Request]
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Each request's id with its samples; of several processes each answers its share."""
+    if not distributed.several():
+        yield from _generated(subject, asked)
+        return
+    part = PART * distributed.count()
+    for start in range(0, len(asked), part):
+        mine = asked[start : start + part][distributed.index() :: distributed.count()]
+        for text in distributed.gather("answers", to_json(dict(_generated(subject, mine)))):
+            yield from json.loads(text).items()
+
+
+def _generated(
+    subject: Subject, asked: Sequence[Request]
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Each request's id with its samples as the journal has them; one that failed is left out."""
+    if not asked:
+        return
+    for request, samples in subject.open().generate(asked):
+        if len(samples) == request.n:
+            yield request.id, [_fields(subject, one) for one in samples]
+
+
+def _fields(subject: Subject, sample: Sample) -> dict[str, Any]:
+    return {
+        "text": sample.text,
+        "finish": sample.finish,
+        "tokens": subject.count(sample.text) if sample.tokens is None else sample.tokens,
+        "forced": sample.forced,
+        "seconds": None if sample.seconds is None else round(sample.seconds, 3),
+    }
 
 
 def _facts(request: Request) -> list[Any]:

@@ -84,7 +84,8 @@ def measures(rows: Sequence[Transcript]) -> list[Measure]:
     if rows and rows[0].view == "injected":
         add("recovery", list(rows), _recovered, **ensemble)
     if rows and rows[0].view != "no_think":
-        add("well_formed", list(rows), lambda one: one.status == "ok")
+        # A thought that the budget closed is not the model's own form.
+        add("well_formed", list(rows), lambda one: one.status == "ok" and not one.forced)
         add("forced", list(rows), lambda one: one.forced)
     add("reflection", thinking, lambda one: any(step.kind == "reflect" for step in one.steps))
     add("consistent", decided, lambda one: one.outcome in DOES[one.decision], **ensemble)

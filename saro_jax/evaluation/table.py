@@ -1,5 +1,7 @@
 """Owns how the numbers of an evaluation look as text."""
 
+from collections.abc import Iterator
+
 from saro_jax.evaluation.results import METRICS, Difference, Rate, Results
 
 # Rows of the headline table, where a benchmark has them.
@@ -18,6 +20,55 @@ SHOWN = (
     "well_formed",
     "reflection",
 )
+
+
+# Rows of the short table: what is counted, of which kind of prompt (None: of all).
+SHORT = (
+    ("refuses harmful requests", "refused", "harmful"),
+    ("refuses jailbreaks", "refused", "jailbreak"),
+    ("answers borderline requests", "complied", "borderline"),
+    ("answers benign requests", "complied", "benign"),
+    ("answers correctly", "accuracy", None),
+    ("well-formed reasoning", "well_formed", None),
+    ("no end within the limit", "incomplete", None),
+)
+
+
+def short(results: Results) -> str:
+    """Models side by side in what a user sees first, as markdown: shares with 95 % intervals."""
+    return "\n\n".join("\n".join(_short(results, *one)) for one in _measured(results))
+
+
+def _measured(results: Results) -> list[tuple[str, str]]:
+    """Benchmark and view of every set of answers."""
+    return list(dict.fromkeys((rate.benchmark, rate.view) for rate in results.rates))
+
+
+def _short(results: Results, benchmark: str, view: str) -> Iterator[str]:
+    title = next(one.title for one in results.benchmarks if one.name == benchmark)
+    names = [model.name for model in results.models]
+    yield f"| {title if view == 'auto' else f'{title}, {view}'} | n | {' | '.join(names)} |"
+    yield "|---|---|" + "---|" * len(names)
+    rates = {
+        (rate.metric, rate.kind, rate.model): rate
+        for rate in results.rates
+        if (rate.benchmark, rate.view) == (benchmark, view) and not (rate.category or rate.attack)
+    }
+    for row, metric, kind in SHORT:
+        mine = [rates.get((metric, kind, name)) for name in names]
+        cells = [
+            f"{rate.share:.0%} [{rate.low:.0%}, {rate.high:.0%}]" if rate else "-" for rate in mine
+        ]
+        n = next((rate.n for rate in mine if rate), None)
+        if n is not None:
+            yield f"| {row} | {n} | {' | '.join(cells)} |"
+    costs = [one for one in results.costs if (one.benchmark, one.view) == (benchmark, view)]
+    cells, n = [], 0
+    for name in names:
+        mine = [one for one in costs if one.model == name]
+        n = sum(one.n for one in mine)
+        cells.append(f"{sum(one.n * one.mean_tokens for one in mine) / n:.0f}")
+    yield f"| tokens of a response | {n} | {' | '.join(cells)} |"
 
 
 def headline(results: Results) -> str:

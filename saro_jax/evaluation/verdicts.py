@@ -97,14 +97,14 @@ def judged(
     transcripts: Sequence[Transcript],
     originals: dict[tuple[str, str], str],
     judge: Judge,
-    folder: Path,
+    folder: Path | None,
     progress: bool = False,
 ) -> list[Transcript]:
     """The transcripts with the judge's verdicts, and by the refusal judge with their outcome.
 
     Judges of safety are asked about harmful prompts and jailbreaks only, of an attack about the
     clean request too, where `originals` has it by (benchmark, id): as NAME:original. A text that is
-    not there is no question.
+    not there is no question. folder: where what was said is kept for the next time.
     """
     asked: list[tuple[int, str, Target, str, str]] = []
     for place, one in enumerate(transcripts):
@@ -134,8 +134,10 @@ def judged(
 
 
 def _said(
-    judge: Judge, pairs: Sequence[tuple[str, str]], folder: Path, progress: bool
+    judge: Judge, pairs: Sequence[tuple[str, str]], folder: Path | None, progress: bool
 ) -> list[dict[str, Any]]:
+    if folder is None:
+        return judge.say(pairs)
     key = {"judge": judge.name, "version": judge.version, "asked": sha256(to_json(list(pairs)))}
     # Other texts, as of one model more, are other work.
     file = folder / f"{judge.name}.{sha256(to_json(key))[:8]}.journal"

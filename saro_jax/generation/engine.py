@@ -8,6 +8,7 @@ A slot whose sample has ended gets the next one of the queue.
 """
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -41,13 +42,14 @@ class Completion:
     ids: int32 [n], the stop token that ended it included. logps: float32 [n], log-probs under the
     model itself, whatever temperature and truncation the tokens were drawn with. finish: "stop",
     "length" where the limit was reached, "cut" where the job's review ended it. forced: tokens were
-    forced upon it.
+    forced upon it. seconds: from its slot to its last token, while others were decoded too.
     """
 
     ids: np.ndarray
     logps: np.ndarray
     finish: Finish
     forced: bool = False
+    seconds: float = 0.0
 
 
 class Cut(NamedTuple):
@@ -105,8 +107,8 @@ class _Sample:
     place: int  # of its number in the job's
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
-    paused: bool = False
     forced: bool = False
+    begun: float = field(default_factory=time.perf_counter)
 
 
 class Engine:
@@ -306,6 +308,7 @@ class Engine:
             np.array(sample.logps, np.float32),
             finish,
             sample.forced,
+            time.perf_counter() - sample.begun,
         )
         return True
 

@@ -1,6 +1,6 @@
 """Owns the generator that is a model in this process: requests of text in, samples of text out."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Local:
     """A `requests.Generator` on this process' devices; `sha` is the hash of weights and tokenizer.
 
     The end of a turn is the model's eos or its template's. slots: sequences decoded at a time.
+    look: called after every burst of decoding; what it raises ends the generation.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Local:
         slots: int = 16,
         unroll: bool | None = None,
         mesh: Mesh | None = None,
+        look: Callable[[], None] | None = None,
     ):
-        self.name, self.sha, self.tokenizer = name, sha, tokenizer
+        self.name, self.sha, self.tokenizer, self._look = name, sha, tokenizer, look
         stops = {chat.end_of_turn(tokenizer), *arch.eos_token_ids}
         self.engine = Engine(
             arch, params, slots=slots, stop_ids=stops, dtype=dtype, unroll=unroll, mesh=mesh
@@ -106,11 +108,14 @@ class Local:
 
     def _review(self, prefix: str, sampler: Sampler):
         """What ends a sample, or its thought, before the model does; None where nothing can."""
+        look = self._look
         if not sampler.stop and sampler.think_tokens is None:
-            return None
+            return None if look is None else lambda *_: look()
         opening = _Opening(prefix, not prefix and "<think>" in self.prefill)
 
         def review(ids: np.ndarray, finish: Finish | None, forced: bool) -> Cut | Force | None:
+            if look is not None:
+                look()
             end = len(ids) - (finish == "stop")
             if sampler.stop and any(stop in self.text(ids[:end]) for stop in sampler.stop):
                 return Cut(_first(end, lambda n: self._stop(ids[:n], sampler.stop) is not None))
@@ -143,6 +148,7 @@ class Local:
             ids=tuple(one.ids.tolist()),
             logprobs=tuple(round(float(logp), 5) for logp in one.logps),
             forced=one.forced,
+            seconds=one.seconds,
         )
 
 
@@ -155,8 +161,39 @@ def _first(end: int, holds: Any) -> int:
     return high
 
 
-def load(
+@dataclass(frozen=True)
+class Files:
+    """A model before its weights are read; `sha` is what its answers depend on."""
+
+    name: str
+    folder: Path
+    adapter: Path | None
+    tokenizer: Any
+    dtype: str
+    sha: str
+
+
+def find(
     model: str | None,
+    *,
+    revision: str | None = None,
+    chat_template: str | None = None,
+    dtype: str | None = None,
+    name: str | None = None,
+) -> Files:
+    """The files of a model folder, adapter folder, .gguf file or Hub id.
+
+    dtype: what is computed in; None = float32 on a CPU, else bfloat16.
+    """
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    folder, adapter = peft.resolve(model, revision)
+    tokenizer = chat.load_tokenizer(folder, chat_template)
+    sha = _sha(folder, adapter, tokenizer, dtype)
+    return Files(name or model or "quickstart", folder, adapter, tokenizer, dtype, sha)
+
+
+def load(
+    model: str | Files | None,
     *,
     revision: str | None = None,
     chat_template: str | None = None,
@@ -165,29 +202,28 @@ def load(
     mesh: Mesh | None = None,
     name: str | None = None,
 ) -> Local:
-    """The generator of a model folder, adapter folder, .gguf file or Hub id.
+    """The generator of a model that `find` knows, or has found.
 
-    dtype: what is computed in; None = float32 on a CPU, else bfloat16. Adapters are added to the
-    weights they belong to, in float32, before these are cast.
+    Adapters are added to the weights they belong to, in float32, before these are cast.
     """
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    folder, adapter = peft.resolve(model, revision)
-    arch = huggingface.load_architecture(folder)
+    files = model
+    if not isinstance(files, Files):
+        files = find(files, revision=revision, chat_template=chat_template, dtype=dtype, name=name)
+    arch = huggingface.load_architecture(files.folder)
     places = None
     if mesh is not None:
         from saro_jax.models import decoder
 
         decoder.check_mesh(arch, mesh)
         places = sharding.shardings(mesh, decoder.abstract_params(arch))
-    params = peft.load_params(folder, adapter, arch, dtype, places)
-    tokenizer = chat.load_tokenizer(folder, chat_template)
+    params = peft.load_params(files.folder, files.adapter, arch, files.dtype, places)
     return Local(
         arch,
         params,
-        tokenizer,
-        name=name or model or "quickstart",
-        sha=_sha(folder, adapter, tokenizer, dtype),
-        dtype=dtype,
+        files.tokenizer,
+        name=files.name,
+        sha=files.sha,
+        dtype=files.dtype,
         slots=slots,
         mesh=mesh,
     )

@@ -1,7 +1,7 @@
 """Owns what is asked of a generator and what comes back: one interface for engine and servers."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from saro_jax.records import Sampler
@@ -30,7 +30,8 @@ class Sample:
     finish: eos = the model ended its turn, stop = a stop string, length = cut off, filter = a
     server withheld or cut it, so that it is no answer of the model. `ids` and
     `logprobs` (log-probs under the model itself, nats) are those of the sampled tokens, where the
-    generator tells them; `forced`, the thought was closed by budget forcing; `cost` in money.
+    generator tells them; `forced`, the thought was closed by budget forcing; `cost` in money;
+    `seconds` from when it was begun to its last token, with others beside it.
     """
 
     text: str
@@ -41,6 +42,7 @@ class Sample:
     logprobs: tuple[float, ...] | None = None
     forced: bool = False
     cost: float = 0.0
+    seconds: float | None = field(default=None, compare=False)
 
 
 class Generator(Protocol):

@@ -13,9 +13,10 @@ from tqdm import tqdm
 from saro_jax import records
 from saro_jax.config import Config, SynthesizeConfig
 from saro_jax.data.filters import Verdicts
+from saro_jax.generation import contexts
+from saro_jax.generation.contexts import Context, Example
 from saro_jax.generation.requests import Generator, Request, Sample
 from saro_jax.records import Journal, Prompt, Sampler
-from saro_jax.text import policy as policies
 from saro_jax.text import reasoning, template
 from saro_jax.text.policy import Policy
 from saro_jax.text.refusal import refuses
@@ -73,30 +74,6 @@ class Called:
         return [Sample(one["text"], one["finish"], cost=one.get("cost", 0.0)) for one in found]
 
 
-def messages(
-    prompt: Prompt, policy: Policy, render: str, steer: str | None = None
-) -> list[dict[str, str]]:
-    """What a teacher is asked: T2 for benign prompts, T1 for all others; the prompt comes last.
-
-    `steer` is a line before harmful prompts and jailbreaks, which tips a weak model to caution.
-    """
-    categories = [one for one in prompt.categories if one in policy.categories]
-    rules = policies.render(policy, None if render == "whole" or not categories else categories)
-    if prompt.kind == "benign":
-        if render != "whole":
-            rules = policies.render(policy, [])
-        return template.render("t2_reason_general", {"policy": rules, "prompt": prompt.text})
-    cited = [r.id for one in categories or policy.categories for r in policy.categories[one].rules]
-    risky = steer and prompt.kind in ("harmful", "jailbreak")
-    slots = {
-        "policy": rules,
-        "prompt": f"{steer}\n\n{prompt.text}" if risky else prompt.text,
-        "modes": ", ".join(policy.modes),
-        "example_rule": cited[0] if cited else next(iter(policy.global_rules), "R1"),
-    }
-    return template.render("t1_reason_safe", slots)
-
-
 def opened(config: Config) -> Generator:
     """The model that `synthesize.teacher` names: behind a server, or loaded here."""
     settings = config.synthesize
@@ -126,8 +103,10 @@ class Asking:
         seed: int,
         out: Path,
         progress: bool,
+        examples: Sequence[Example] = (),
     ):
         self.teacher, self.policy, self.settings = teacher, policy, settings
+        self.examples, self.context = examples, contexts.given(settings)
         self.seed, self.out, self.progress = seed, out, progress
         self.too_long: dict[str, str] = {}  # by request: why a teacher run here can not be asked
         self.costs: dict[str, float] = {}  # by request, those of earlier runs too
@@ -151,8 +130,9 @@ class Asking:
             "sampler": self.sampler.model_dump(mode="json"),
             "n": self.settings.n,
             "retries": self.settings.retries,
-            "render": self.settings.render,
-            "steer": self.settings.steer,
+            "context": vars(self.context),
+            "search": self.settings.search,
+            "examples": contexts.digest(self.examples),
             "policy_version": self.policy.version,
             "seed": self.seed,
             "templates": records.sha256("".join(files)),
@@ -194,7 +174,7 @@ class Asking:
         for prompt in prompts:
             if refused(prompt, found[prompt.id]):
                 own = self._seed(prompt, "spare")
-                asked = messages(prompt, self.policy, self.settings.render)
+                asked = self._asked(prompt, Context())
                 sampler = self.sampler.model_copy(update={"seed": own})
                 extra = spare.generate(asked, self.settings.n, sampler)
                 found[prompt.id] += [
@@ -203,31 +183,38 @@ class Asking:
         return found
 
     def flips(
-        self, prompts: Sequence[Prompt], journal: Journal, risk: Verdicts | None
-    ) -> dict[str, Any]:
-        """How often the policy in context makes a safe answer of an unsafe one (OPSA).
+        self,
+        prompts: Sequence[Prompt],
+        journal: Journal,
+        risk: Verdicts | None,
+        tried: Sequence[Context],
+    ) -> list[dict[str, Any]]:
+        """How often the policy in context makes a safe answer of an unsafe one (OPSA), by context.
 
         P(safe with it | unsafe without it) over prompts that are harmful, both greedy. Unsafe is
         what `risk` says, or, without it, an answer that does not refuse. `rate` is None where the
         model without policy gave no unsafe answer.
         """
         greedy = self.sampler.model_copy(update={"temperature": 0.0, "seed": 0})
-        plain, told = (
-            [
+
+        def requests(how: str, context: Context | None) -> list[Request]:
+            return [
                 Request(
                     f"{how}:{records.content_id(one.model_dump(mode='json'))}",
                     tuple(
                         [{"role": "user", "content": one.text}]
-                        if how == "plain"
-                        else messages(one, self.policy, self.settings.render, self.settings.steer)
+                        if context is None
+                        else self._asked(one, context)
                     ),
                     greedy,
                 )
                 for one in prompts
             ]
-            for how in ("plain", "told")
-        )
-        made = self.answers([*plain, *told], journal, "flip rate")
+
+        plain = requests("plain", None)
+        told = [requests(f"told:{records.content_id(vars(context))}", context) for context in tried]
+        every = [*plain, *(one for asked in told for one in asked)]
+        made = self.answers(every, journal, "flip rate")
 
         def unsafe(requests: Sequence[Request]) -> list[bool]:
             texts = [(made.get(one.id) or [{"text": ""}])[0]["text"] for one in requests]
@@ -239,14 +226,21 @@ class Asking:
             return [score is None or score >= UNSAFE for score in risk(pairs)]
 
         bare = unsafe(plain)
-        flipped = [not after for before, after in zip(bare, unsafe(told), strict=True) if before]
-        return {
-            "prompts": len(prompts),
-            "unsafe_without_policy": sum(bare),
-            "safe_with_policy": sum(flipped),
-            "rate": round(sum(flipped) / len(flipped), 4) if flipped else None,
-            "judged_by": "refusal rules" if risk is None else "judge of answers",
-        }
+        found = []
+        for context, asked in zip(tried, told, strict=True):
+            after = unsafe(asked)
+            flipped = [not now for before, now in zip(bare, after, strict=True) if before]
+            found.append(
+                {
+                    **vars(context),
+                    "prompts": len(prompts),
+                    "unsafe_without_policy": sum(bare),
+                    "safe_with_policy": sum(flipped),
+                    "rate": round(sum(flipped) / len(flipped), 4) if flipped else None,
+                    "judged_by": "refusal rules" if risk is None else "judge of answers",
+                }
+            )
+        return found
 
     def answers(
         self, requests: Sequence[Request], journal: Journal, doing: str
@@ -303,10 +297,13 @@ class Asking:
     def _request(self, name: str, prompt: Prompt, attempt: int, n: int) -> Request:
         return Request(
             name,
-            tuple(messages(prompt, self.policy, self.settings.render, self.settings.steer)),
+            tuple(self._asked(prompt, self.context)),
             self.sampler.model_copy(update={"seed": self._seed(prompt, attempt)}),
             n,
         )
+
+    def _asked(self, prompt: Prompt, context: Context) -> list[dict[str, str]]:
+        return contexts.messages(prompt, self.policy, context, self.examples)
 
     def _seed(self, prompt: Prompt, attempt: int | str) -> int:
         return int(records.sha256(f"{self.seed}:{prompt.id}:{attempt}")[:8], 16)

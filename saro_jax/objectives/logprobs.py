@@ -222,18 +222,32 @@ class _Cut(NamedTuple):
     sizes: tuple[int, int]  # devices of the ring (SHARDS), rows of the output matrix on each
     size: int  # of a part of them: what is computed at a time
     parts: int
-    real: int  # rows of the whole matrix that are no padding
+    ring: int  # rows of the ring without the padding at its end
+    real: int  # of the whole matrix without any
 
 
 def _whole_shards(head_VD: jax.Array, low_rank):
-    """The output matrix and its adapter, padded with rows so that the shards are equal."""
-    pad = -head_VD.shape[0] % axis_parts(WIDE)
-    if not pad:
+    """The output matrix and its adapter, padded with rows so that the shards are equal.
+
+    At the end of each ring's rows: padding at the end of all of them would move rows from ring to
+    ring, for which XLA gathers the matrix.
+    """
+    V, rings = head_VD.shape[0], axis_parts("tensor")
+    if V % axis_parts(WIDE) == 0:
         return head_VD, low_rank
-    head_VD = jnp.pad(head_VD, ((0, pad), (0, 0)))
+
+    def padded(x_VN, columns):
+        x_VN = jnp.pad(x_VN, ((0, -V % rings), (0, 0)))
+        x_RVN = x_VN.reshape(rings, -1, x_VN.shape[1])
+        if V % rings == 0:  # as the table lies, so that the padding is each device's own
+            x_RVN = lax.with_sharding_constraint(x_RVN, P("tensor", None, columns))
+        x_RVN = jnp.pad(x_RVN, ((0, 0), (0, -x_RVN.shape[1] % axis_parts(SHARDS)), (0, 0)))
+        return x_RVN.reshape(-1, x_VN.shape[1])
+
     if low_rank is not None:
-        low_rank = low_rank[0], jnp.pad(low_rank[1], ((0, 0), (0, pad)))
-    return head_VD, low_rank
+        low_rank = low_rank[0], padded(low_rank[1].T, None).T
+    even = head_VD.shape[1] % axis_parts(SHARDS) == 0
+    return padded(head_VD, SHARDS if even else None), low_rank
 
 
 def _cut_of(hidden_BSD: jax.Array, head_VD: jax.Array, real: int) -> _Cut:
@@ -241,7 +255,8 @@ def _cut_of(hidden_BSD: jax.Array, head_VD: jax.Array, real: int) -> _Cut:
     local = V // axis_parts(WIDE)
     parts = -(-local * (B * S // axis_parts(TOKENS)) * 4 // PART)
     size = min(local, -(-local // (parts * LANES)) * LANES)
-    return _Cut((axis_parts(SHARDS), local), size, -(-local // size), real)
+    ring = -(-real // axis_parts("tensor"))
+    return _Cut((axis_parts(SHARDS), local), size, -(-local // size), ring, real)
 
 
 def _specs(low_rank) -> tuple[P, P, tuple[P, P] | None, P]:
@@ -278,13 +293,14 @@ def _part_logits(i, held_vD, base, hidden_MD, low, cut: _Cut, softcap):
     if softcap is not None:
         x_Mv = softcap * jnp.tanh(x_Mv / softcap)
     row_v = start + jnp.arange(cut.size, dtype=jnp.int32)
-    new_v = (row_v >= wanted) & (_first_of_ring(cut) + base + row_v < cut.real)
+    real = jnp.minimum(cut.ring, cut.real - _first_of_ring(cut))
+    new_v = (row_v >= wanted) & (base + row_v < real)
     return start, part_vD, x_Mv, new_v
 
 
 def _first_of_ring(cut: _Cut) -> jax.Array:
     """The row of the whole matrix with which the shards of this device's ring begin."""
-    return lax.axis_index("tensor") * cut.sizes[0] * cut.sizes[1]
+    return lax.axis_index("tensor") * cut.ring
 
 
 def _flat(low_rank):

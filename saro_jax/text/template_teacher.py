@@ -20,7 +20,7 @@ from saro_jax.text.policy import Policy, Rule
 FILE = Path(__file__).parent / "stems.yaml"
 EXCERPT_WORDS = 16
 # How often a step that can be left out is there.
-RISK, REFLECT, CHECK = 0.6, 0.25, 0.4
+RISK, REFLECT, CHECK = 0.3, 0.25, 0.4
 
 
 @cache
@@ -90,11 +90,11 @@ def _declines(
     slots |= {"offer": offer["plan"], "offer_sentence": offer["answer"]}
     mode = rule.mode
     is_attack = prompt.attack is not None
-    steps = []
+    steps = [_say(rng, "request_wrapped" if is_attack else "request", slots)]
     if is_attack and rng.random() < REFLECT:
         steps.append(_say(rng, "naive", slots))
         steps.append(_say(rng, rng.choice(("reflect_marked", "reflect_unmarked")), slots))
-    steps.append(_say(rng, "unwrap" if is_attack else "understand", slots))
+    steps.append(_aim(rng, "harmful", slots))
     if rng.random() < RISK:
         steps.append(_say(rng, "risk", slots))
     frame_rule = _wrapper_rule(category.rules, policy) if wrapped else None
@@ -118,7 +118,8 @@ def _answers(
         return None
     solution = prompt.meta.get("solution")
     slots["point"] = _first_sentence(answer)
-    steps = [_say(rng, "harmless_wrapped" if wrapped else "harmless", slots)]
+    steps = [_say(rng, "request_wrapped" if wrapped else "request", slots)]
+    steps.append(_aim(rng, "borderline" if prompt.kind == "borderline" else "benign", slots))
     mode = "comply"
     soft = [
         rule
@@ -152,8 +153,17 @@ def _wrapper_rule(rules: Sequence[Rule], policy: Policy) -> Rule | str | None:
     return "G1" if "G1" in policy.global_rules else None
 
 
+def _aim(rng: random.Random, kind: str, slots: Mapping[str, str]) -> str:
+    """What the request is for: a lead that is the same for every kind, and what the kind adds."""
+    stem = rng.choice(stems()["aim"])
+    return f"{stem['lead']} {_filled(stem[kind], slots)}"
+
+
 def _say(rng: random.Random, slot: str, slots: Mapping[str, str]) -> str:
-    text = rng.choice(stems()[slot])
+    return _filled(rng.choice(stems()[slot]), slots)
+
+
+def _filled(text: str, slots: Mapping[str, str]) -> str:
     return re.sub(r"\{(\w+)\}", lambda match: slots[match[1]], text)
 
 

@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -184,6 +185,12 @@ def fallen(recent: Sequence[Sequence[float]], limit: float) -> bool:
     return bool(-ratio > limit and margin > earlier)
 
 
+def ready_at(results: Any) -> float:
+    """When the results are there, by time.monotonic; waits for them."""
+    jax.block_until_ready(results)
+    return time.monotonic()
+
+
 def reference_of(block: Rows, reference: np.ndarray | None) -> np.ndarray:
     """Reference log-probs of a block's slots, float32 [B, P, K, G]; zeros where there are none."""
     if reference is None:
@@ -354,23 +361,25 @@ def fit(
     `frozen`: the leaves that are only read, not in checkpoints; `base`: the hash of the weights
     they come from, which is.
 
-    The metrics of step n - 1 are fetched when step n is under way. A loss that is not a number
-    stops the run with an error and without a checkpoint of that state. So does a fall of the chosen
-    log-probs (`fallen`), or the state is that of a checkpoint from before it. reference and kind:
-    by item; kinds: names of the kinds; mismatches: for kto; recent_before: `fallen`'s before the
-    first step; owed: a signal cut off the evaluation or the answers of the step that the state is
-    from.
+    The metrics of step n - 1 are fetched when step n is under way. A step lasts from the result of
+    the one before, or from the end of evaluating and saving, to its own. A loss that is not a
+    number stops the run with an error and without a checkpoint of that state. So does a fall of the
+    chosen log-probs (`fallen`), or the state is that of a checkpoint from before it. reference and
+    kind: by item; kinds: names of the kinds; mismatches: for kto; recent_before: `fallen`'s before
+    the first step; owed: a signal cut off the evaluation or the answers of the step that the state
+    is from.
     """
     per_epoch = len(items) / config.train.batch_rows
-    num_tokens, started = tokens_before, time.monotonic()
+    num_tokens = tokens_before
     step = int(state.step)
     window = list(window_before)  # steps since the last line that was written
     recent = [list(entry) for entry in recent_before]
     limit = config.srpo.max_chosen_drop if stage == "srpo" else None
     if config.srpo.loss in REFERENCE_FREE:
         limit = None
-    window_tokens = 0
-    pending: tuple[int, list[Any], Any, int, float] | None = None
+    window_tokens, window_seconds = 0, 0.0
+    begun = 0.0  # when the step whose metrics come next began
+    pending: tuple[int, list[Any], Any, int, float, Future[float]] | None = None
     ratio = adapter_ratio(config.optimizer, config.lora)
     layout = config.srpo.layout if stage == "srpo" else "shared"
     stopped = 0
@@ -390,29 +399,25 @@ def fit(
 
     def line(at: int, extra: dict[str, float]) -> None:
         """Write the means since the last line."""
-        nonlocal started, window_tokens
+        nonlocal window_tokens, window_seconds
         means = window_means(window)
-        now = time.monotonic()
         means |= {
             "learning_rate": float(schedule(at - 1)),
             **({} if ratio == 1.0 else {"lora_learning_rate": ratio * float(schedule(at - 1))}),
             "epoch": at / per_epoch,
             "num_tokens": num_tokens,
-            "tokens_per_second": window_tokens / max(now - started, 1e-9),
+            # No step has been made where an evaluation is made up for.
+            "tokens_per_second": window_tokens / window_seconds if window_seconds else float("nan"),
         }
         writer.write(at, means | extra)
         writer.show(at, means)
         window.clear()
-        started, window_tokens = now, 0
+        window_tokens, window_seconds = 0, 0.0
 
     def measure() -> dict[str, float] | None:
-        """What is due of evaluation and answers; None, and it is owed, where a signal cuts it off.
-
-        Its time is not training's.
-        """
-        nonlocal owed, started
-        jax.block_until_ready(state.params)
-        began, owed, means = time.monotonic(), True, {}
+        """What is due of evaluation and answers; None, and owed, where a signal cuts it off."""
+        nonlocal owed
+        owed, means = True, {}
         try:
             if evaluation and due(config.train.eval_every):
                 means |= evaluate(
@@ -435,23 +440,21 @@ def fit(
         except Cut:
             return None
         owed = False
-        seconds = time.monotonic() - began
-        started += seconds
-        if watch is not None:
-            watch.leave_out(seconds)
         return means
 
     def flush(extra: dict[str, float] | None = None) -> None:
-        nonlocal window_tokens, num_tokens, pending
+        nonlocal window_tokens, window_seconds, num_tokens, begun, pending
         if pending is None:
             return
-        at, sums, norm, tokens, efficiency = pending
+        at, sums, norm, tokens, efficiency, end = pending
         pending = None
+        ended = end.result()
+        begun, seconds = ended, ended - begun
         values = summarise(stage, jax.device_get(sums), kinds)
         values |= {name: float(value) for name, value in jax.device_get(norm).items()}
         values["packing_efficiency"] = efficiency
         if watch is not None:
-            watch.step(at, values, float(schedule(at - 1)), tokens)
+            watch.step(at, values, float(schedule(at - 1)), tokens, seconds)
         for name in ("loss", "grad_norm"):
             if not np.isfinite(values[name]):
                 raise ValueError(
@@ -460,6 +463,7 @@ def fit(
                 )
         num_tokens += tokens
         window_tokens += tokens
+        window_seconds += seconds
         window.append(values)
         # The line of a step whose evaluation was cut off is written when that is made up for.
         if not (owed and at == step) and (at % config.train.log_every == 0 or at == steps or extra):
@@ -491,12 +495,14 @@ def fit(
             data["owed"] = True
         checkpoints.save(step, state, data)
 
-    if watch is not None:
-        watch.start()
-    with jax.set_mesh(mesh), stop_signals() as signalled:
+    # On a thread of its own: asking for a step may itself take until the step is done, as it does
+    # on several CPU devices, so that the time between two requests is another step's.
+    observer = ThreadPoolExecutor(1)
+    with observer, jax.set_mesh(mesh), stop_signals() as signalled:
         try:
             if owed and (extra := measure()):
                 line(step, extra)
+            begun = time.monotonic()
             while step < steps and not owed and not stop():
                 blocks = next(iterator)
                 baseline = 0.0
@@ -532,7 +538,8 @@ def fit(
                 tokens = sum(sequence_tokens(items[i]) for i in _indices(blocks))
                 flush()
                 step += 1
-                pending = step, sums, norm, tokens, packing_efficiency(blocks, items, layout)
+                efficiency = packing_efficiency(blocks, items, layout)
+                pending = step, sums, norm, tokens, efficiency, observer.submit(ready_at, norm)
                 if _due(step, config.srpo.sync_every) and state.reference:
                     state = programs.sync(state)
                 if (evaluation and due(config.train.eval_every)) or (
@@ -542,8 +549,10 @@ def fit(
                     if extra is None:
                         break
                     flush(extra)
+                    begun = time.monotonic()
                 if step == steps or step % config.train.save_every == 0:
                     save()
+                    begun = time.monotonic()
             if stopped and step:
                 save()  # whenever the signal came; a step that is saved already stays as it is
         except Fallen as fall:

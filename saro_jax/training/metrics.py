@@ -97,7 +97,8 @@ class Writer:
         parts = [f"loss {values['loss']:.4f}"]
         if "rewards/margins" in values:
             parts.append(f"margin {values['rewards/margins']:.3f}")
-        parts.append(f"{values['tokens_per_second']:.0f} tokens/s")
+        if math.isfinite(values["tokens_per_second"]):
+            parts.append(f"{values['tokens_per_second']:.0f} tokens/s")
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(parts), refresh=False)
             self._bar.update(step - self._bar.n)

@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +26,7 @@ class Record(NamedTuple):
     values: dict[str, float]  # the step's metrics, grad_norm among them
     learning_rate: float
     tokens: int  # of all branches, padding not counted
-    seconds: float  # since the record before
+    seconds: float  # evaluating and saving left out
 
 
 def during(records: Sequence[Record], config: Config, stage: str) -> list[Finding]:
@@ -209,21 +208,17 @@ class Watch:
             file.write_text("")
         self._said = _names(file) if distributed.writes() else set()
         self._records: list[Record] = []
-        self._time = time.monotonic()
 
-    def start(self) -> None:
-        """The steps begin now."""
-        self._time = time.monotonic()
-
-    def leave_out(self, seconds: float) -> None:
-        """Time since the last step that was not training."""
-        self._time += seconds
-
-    def step(self, step: int, values: dict[str, float], learning_rate: float, tokens: int) -> None:
-        """Look at the metrics of one step."""
-        now = time.monotonic()
-        record = Record(step, dict(values), learning_rate, tokens, now - self._time)
-        self._time = now
+    def step(
+        self,
+        step: int,
+        values: dict[str, float],
+        learning_rate: float,
+        tokens: int,
+        seconds: float,
+    ) -> None:
+        """Look at the metrics of one step; tokens and seconds as in `Record`."""
+        record = Record(step, dict(values), learning_rate, tokens, seconds)
         self._records = [*self._records[-49:], record]
         # The loop ends with an error of its own where a finding is one.
         found = during(self._records, self._config, self._stage)
