@@ -39,7 +39,7 @@ LEAST = 10  # prompts of a group
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     flags = [
-        Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart"),
+        configuration.CONFIG,
         Flag(
             "model",
             "NAME=PATH: model or adapter folder, .gguf file or Hub id",
@@ -50,15 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         Flag("pairs", "preference rows with reasoning: file, folder or Hub id"),
         Flag("transcripts", "folder of an evaluation of these models", parse=Path),
         Flag("run", "NAME=DIR: folder of an SRPO run", many=True),
-        Flag("out", "output folder", parse=Path, required=True),
+        configuration.OUT,
     ]
     try:
-        args = configuration.parse_command_line(
-            "python -m saro_jax.analyse",
-            __doc__ or "",
-            sys.argv[1:] if argv is None else argv,
-            flags,
-        )
+        args = configuration.parse_command_line("python -m saro_jax.analyse", __doc__, argv, flags)
         given = {override.split("=")[0] for override in args.overrides}
         defaults = ["--data.train=none", "--model.dtype=float32"]
         defaults = [d for d in defaults if d.split("=")[0] not in given]

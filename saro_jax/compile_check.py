@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = [
         Flag("topology", "a TPU by any name: v5p-32, v5e-16, v6e:2x4, 2xv5e-16", required=True),
         Flag("stage", "whose programs to compile", choices=STAGES, required=True),
-        Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart"),
+        configuration.CONFIG,
         Flag("json", "file for the report as JSON", parse=Path),
         Flag(
             "search", "compile a small grid of remat, micro_rows and mesh, and rank it", switch=True
@@ -54,10 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     try:
         args = configuration.parse_command_line(
-            "python -m saro_jax.compile_check",
-            __doc__ or "",
-            sys.argv[1:] if argv is None else argv,
-            flags,
+            "python -m saro_jax.compile_check", __doc__, argv, flags
         )
         topology = tpu.find(args.topology)
         config = _config(args.config, args.overrides, args.stage)

@@ -38,11 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     try:
         args = configuration.parse_command_line(
-            "python -m saro_jax.export",
-            __doc__ or "",
-            sys.argv[1:] if argv is None else argv,
-            flags,
-            tree=False,
+            "python -m saro_jax.export", __doc__, argv, flags, tree=False
         )
         distributed.start(args)
         export(args.checkpoint, args.out, args.step, args.dtype, args.format)

@@ -80,12 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
     ]
     try:
-        args = configuration.parse_command_line(
-            "python -m saro_jax.judge",
-            __doc__ or "",
-            sys.argv[1:] if argv is None else argv,
-            flags,
-        )
+        args = configuration.parse_command_line("python -m saro_jax.judge", __doc__, argv, flags)
         targets = _listed("targets", args.targets, TARGETS)
         if args.batch_size < 1:
             raise ValueError(f"--batch_size={args.batch_size}; allowed: >= 1")

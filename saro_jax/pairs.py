@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from saro_jax import config as configuration
 from saro_jax import records
-from saro_jax.config import Config, Flag, ModelConfig, PairsConfig
+from saro_jax.config import Config, ModelConfig, PairsConfig
 from saro_jax.generation import served
 from saro_jax.generation.requests import Generator
 from saro_jax.judging.judges import Judge, open_judge, refusal_judge
@@ -63,14 +63,9 @@ R = TypeVar("R", bound=Record)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    flags = [
-        Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart"),
-        Flag("out", "output folder", parse=Path, required=True),
-    ]
+    flags = [configuration.CONFIG, configuration.OUT]
     try:
-        args = configuration.parse_command_line(
-            "python -m saro_jax.pairs", __doc__ or "", sys.argv[1:] if argv is None else argv, flags
-        )
+        args = configuration.parse_command_line("python -m saro_jax.pairs", __doc__, argv, flags)
         # The tree needs training rows, which are what this stage makes.
         rows = f"--data.train={args.out / 'pairs.jsonl'}"
         config = configuration.load(args.config, [*args.overrides, rows], "srpo")

@@ -41,19 +41,14 @@ HELD_OUT = "quickstart:held_out"
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     flags = [
-        Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart"),
+        configuration.CONFIG,
         Flag("out", "output folder; default runs/RECIPE", parse=Path),
         Flag("held-out", "prompts to measure on: rows {id, kind, prompt}", HELD_OUT),
         Flag("max-new-tokens", "longest response that is measured", 320, parse=int),
         *distributed.FLAGS,
     ]
     try:
-        args = configuration.parse_command_line(
-            "python -m saro_jax.pipeline",
-            __doc__ or "",
-            sys.argv[1:] if argv is None else argv,
-            flags,
-        )
+        args = configuration.parse_command_line("python -m saro_jax.pipeline", __doc__, argv, flags)
         distributed.start(args)
         out = args.out or Path("runs") / Path(args.config).stem
         return run(args.config, args.overrides, out, args.held_out, args.max_new_tokens)

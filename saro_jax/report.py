@@ -39,12 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     try:
         args = configuration.parse_command_line(
-            "python -m saro_jax.report",
-            __doc__ or "",
-            sys.argv[1:] if argv is None else argv,
-            flags,
-            tree=False,
-            places="RUN",
+            "python -m saro_jax.report", __doc__, argv, flags, tree=False, places="RUN"
         )
         if not args.places:
             raise ValueError(
@@ -129,7 +124,7 @@ def contents(found: Material, kept: int) -> list[Section]:
         )
         sections += [
             Section("summary", "Comparison", figures=head, tables=[comparison.headline(results)]),
-            breakdown.costs(results),
+            breakdown.costs(results, material.latencies(found.sources)),
             breakdown.categories(results),
             breakdown.judges(results),
             Section(

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from saro_jax import config as configuration
 from saro_jax import records
-from saro_jax.config import Config, Flag, SampleConfig
+from saro_jax.config import Config, SampleConfig
 from saro_jax.data import prompts as pool
 from saro_jax.generation import local, served
 from saro_jax.generation.requests import Generator, Request
@@ -54,17 +54,12 @@ UNREAD = ("slots", "dtype", "url")  # settings of speed and place; dtype is in t
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     flags = [
-        Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart"),
-        Flag("out", "output folder", parse=Path, required=True),
+        configuration.CONFIG,
+        configuration.OUT,
         *distributed.FLAGS,
     ]
     try:
-        args = configuration.parse_command_line(
-            "python -m saro_jax.sample",
-            __doc__ or "",
-            sys.argv[1:] if argv is None else argv,
-            flags,
-        )
+        args = configuration.parse_command_line("python -m saro_jax.sample", __doc__, argv, flags)
         distributed.start(args)
         # The tree needs training rows, which this stage has not.
         rows = f"--data.train={args.out / 'traces.jsonl'}"
@@ -371,7 +366,7 @@ def trace(
             TraceStep(i=at, start_char=s.start, end_char=s.end, text=s.text, kind=s.kind)
             for at, s in enumerate(reasoning.segment(parsed.reasoning))
         ),
-        decision=decided if decided in records.MODES else "none",  # type: ignore[arg-type]
+        decision=decided if decided in records.MODES else "none",
         n_tok=TokenCounts(prompt=reply["prompt_tokens"], reason=thought, answer=answer),
         tokenizer_sha=getattr(model, "tokenizer_sha", None),
         finish=reply["finish"],

@@ -47,9 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         *distributed.FLAGS,
     ]
     try:
-        args = configuration.parse_command_line(
-            "python -m saro_jax.score", __doc__ or "", sys.argv[1:] if argv is None else argv, flags
-        )
+        args = configuration.parse_command_line("python -m saro_jax.score", __doc__, argv, flags)
         distributed.start(args)
         kind = rows.detect_kind(args.rows) if args.kind == "auto" else args.kind
         own = [f"--model.path={args.model}", f"--data.train={args.rows}"]

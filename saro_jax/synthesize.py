@@ -25,7 +25,7 @@ from typing import Any
 
 from saro_jax import config as configuration
 from saro_jax import records
-from saro_jax.config import Config, Flag, SynthesizeConfig
+from saro_jax.config import Config, SynthesizeConfig
 from saro_jax.data import filters
 from saro_jax.data import prompts as pool
 from saro_jax.data.filters import Judged, Judges, Limits
@@ -57,16 +57,10 @@ LEAST_YIELD = 0.3  # share of a kind's prompts with a row, below which more prom
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    flags = [
-        Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart"),
-        Flag("out", "output folder", parse=Path, required=True),
-    ]
+    flags = [configuration.CONFIG, configuration.OUT]
     try:
         args = configuration.parse_command_line(
-            "python -m saro_jax.synthesize",
-            __doc__ or "",
-            sys.argv[1:] if argv is None else argv,
-            flags,
+            "python -m saro_jax.synthesize", __doc__, argv, flags
         )
         # The tree needs training rows, which are what this stage makes.
         rows = f"--data.train={args.out / 'ritd.jsonl'}"
@@ -350,7 +344,7 @@ def _pool(
     bases: list[Prompt] = []
     if settings.size is not None:
         numbers = [float(share) for share in settings.mix.split(":")]
-        mix = dict(zip(records.KINDS, numbers, strict=True))
+        mix: dict[str, float] = dict(zip(records.KINDS, numbers, strict=True))
         kept, dropped = pool.mixed(prompts, settings.size, mix, settings.dev_share, seed)
         # A disguise leads back to the request inside: that stays in the pool, but is not asked.
         inside = {parent for prompt in kept for parent in prompt.parent_ids}
@@ -464,7 +458,7 @@ def _trace(
             TraceStep(i=at, start_char=s.start, end_char=s.end, text=s.text, kind=s.kind)
             for at, s in enumerate(reasoning.segment(parsed.reasoning))
         ),
-        decision=decided if decided in records.MODES else "none",  # type: ignore[arg-type]
+        decision=decided if decided in records.MODES else "none",
         n_tok=TokenCounts(
             prompt=count(prompt.text), reason=count(parsed.reasoning), answer=count(parsed.answer)
         ),
@@ -478,6 +472,8 @@ def _row(item: Judged, settings: SynthesizeConfig) -> RITD:
     kept = parsed.reasoning
     if not settings.decision_line:
         kept = reasoning.without_decision(kept)
+    decision = item.trace.decision
+    assert decision != "none"  # does not pass the filters
     return RITD(
         id=records.content_id("ritd", item.trace.id),
         parent_ids=(item.trace.id, item.prompt.id),
@@ -487,7 +483,7 @@ def _row(item: Judged, settings: SynthesizeConfig) -> RITD:
         prompt=item.prompt.text,
         reasoning=kept,
         answer=parsed.answer,
-        decision=item.trace.decision,  # type: ignore[arg-type] - "none" did not pass the filters
+        decision=decision,
         cats=item.prompt.categories,
         cited_rules=tuple(reasoning.cited_rules(kept)),
         judgments=item.verdicts,

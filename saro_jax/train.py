@@ -55,7 +55,7 @@ from saro_jax.training import (
 )
 from saro_jax.training.checkpoint import Checkpoints, abstract
 from saro_jax.training.finding import Finding, refuse, report
-from saro_jax.training.memory import GIB, device_memory, estimate, parameters
+from saro_jax.training.memory import GIB, Answering, device_memory, estimate, parameters
 from saro_jax.training.mismatch import Mismatches
 from saro_jax.training.source import Source
 from saro_jax.training.watch import Watch
@@ -87,20 +87,24 @@ class Prepared:
     steps: int
     questions: in_training.Questions | None  # of train.answers
 
+    @property
+    def answering(self) -> Answering | None:
+        """What answering them takes."""
+        given = self.questions
+        return None if given is None else in_training.decoded(given, self.source.mesh)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     flags = [
         Flag("stage", "which stage to train", choices=("rw", "srpo"), required=True),
-        Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart"),
+        configuration.CONFIG,
         Flag("out", "output folder; default runs/RECIPE/STAGE", parse=Path),
         Flag("dry-run", "look for what will go wrong, train nothing, write nothing", switch=True),
         *distributed.FLAGS,
     ]
     try:
-        args = configuration.parse_command_line(
-            "python -m saro_jax.train", __doc__ or "", sys.argv[1:] if argv is None else argv, flags
-        )
+        args = configuration.parse_command_line("python -m saro_jax.train", __doc__, argv, flags)
         distributed.start(args)
         config = configuration.load(args.config, args.overrides, args.stage)
         out = args.out or Path("runs") / Path(args.config).stem / args.stage
@@ -164,6 +168,7 @@ def _examine(prepared: Prepared) -> list[Finding]:
         total=training.total,
         evaluation=prepared.evaluation.items,
         steps=prepared.steps,
+        answering=prepared.answering,
     )
 
 
@@ -496,7 +501,7 @@ def _summary(prepared: Prepared) -> str:
     trained, frozen = trainable.abstract(arch, config)
     learning = sum(leaf.size for leaf in jax.tree.leaves(trained))
     part = f", {learning / 1e6:.2f}M trained" if frozen or config.lora.rank else ""
-    need = estimate(config, stage, arch, shape, prepared.source.mesh).total
+    need = estimate(config, stage, arch, shape, prepared.source.mesh, prepared.answering).total
     offload = ", moments on the host" if config.optimizer.offload else ""
     return (
         f"{stage}: {parameters(arch) / 1e6:.1f}M parameters ({config.model.dtype}){part}, "

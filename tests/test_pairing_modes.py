@@ -9,7 +9,7 @@ LONG = "\n\n".join(f"This is step number {i} of it all." for i in range(6)) + "\
 
 
 def test_the_cheapest_sufficient_mode():
-    rates = {"none": (3, 4), "brief": (4, 4), "full": (4, 4)}
+    rates: dict[modes.Mode, tuple[int, int]] = {"none": (3, 4), "brief": (4, 4), "full": (4, 4)}
     assert modes.cheapest(rates, "benign") == "brief"
     assert modes.cheapest({"none": (10, 10)}, "benign") == "none"
     assert modes.cheapest({"none": (9, 10)}, "benign") == "none"

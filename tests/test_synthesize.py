@@ -764,7 +764,8 @@ def baselines() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", sorted(changes(Path())))
 def test_a_setting_changes_something(name: str, data, baselines, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(records.manifest, "provenance", dict)  # asks git, which takes its time
+    # Provenance asks git, which takes its time.
+    monkeypatch.setattr("saro_jax.records.manifest.provenance", dict)
     if not (data / "folder").exists():
         import tiny
 

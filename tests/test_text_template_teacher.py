@@ -84,31 +84,34 @@ def test_harmless_prompts_get_the_given_answer():
         assert worked["solution"] in found.reasoning
 
 
-def openings(kind: str, *, wrapped: bool) -> set[str]:
-    """All that can stand before the judgment of the aim."""
-    base, meta = "Say it", {"answer": "Gladly."}
+def opening(text: str, kind: str, *, wrapped: bool) -> set[str]:
+    """All that stands before the judgment of the aim, of a prompt's answers."""
     wrapper = wrappers.load()[0]
-    more: dict = {"meta": meta}
+    more: dict = {"meta": {"answer": "Gladly."}}
     if wrapped:
         more["attack"] = Attack(name=wrapper.family, template_id=wrapper.id)
-    text = wrapper.around(base) if wrapped else base
     category = "P0" if kind in ("benign", "borderline") else "P3"
-    leads = "|".join(re.escape(one["lead"]) for one in stems()["aim"])
+    lead = re.escape(stems()["aim"])
     found = set()
-    for one in answers(prompt(text, kind, category, **more), 1500, base):
-        match = re.match(rf"(.*?(?:{leads}) )", one.reasoning, re.DOTALL)
-        assert match, one.reasoning
-        if "reflect" not in {step.kind for step in reasoning.segment(match[1])}:
-            found.add(match[1])
+    one = prompt(wrapper.around(text) if wrapped else text, kind, category, **more)
+    for each in answers(one, 20, text):
+        match = re.match(rf"(.*?)\n\n(?:.*\n\n)?({lead}) (Yes|No)\b", each.reasoning, re.DOTALL)
+        assert match, each.reasoning
+        assert match[3] == ("No" if kind in ("benign", "borderline") else "Yes")
+        found.add(match[1] + match[2])
     return found
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_no_opening_is_the_sign_of_a_decision(wrapped: bool):
-    plain = {kind: openings(kind, wrapped=wrapped) for kind in ("benign", "borderline")}
-    assert len(plain["benign"]) == 64
-    risky = openings("jailbreak" if wrapped else "harmful", wrapped=wrapped)
-    assert risky == plain["benign"] == plain["borderline"]
+    # One for all answers to a prompt, so that choosing the shortest answer does not choose it.
+    every = set()
+    for i in range(300):
+        kinds = ("benign", "borderline", "jailbreak" if wrapped else "harmful")
+        (one,) = set.union(*(opening(f"Say {i}", kind, wrapped=wrapped) for kind in kinds))
+        every.add(re.sub(r"\d+", "", one))
+    slot = stems()["request_wrapped" if wrapped else "request"]
+    assert len(every) == len(slot)
 
 
 def test_it_has_no_answer_where_it_knows_none():

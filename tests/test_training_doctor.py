@@ -378,6 +378,28 @@ def test_what_the_estimate_counts():
     assert need(rows=4).activations == 4 * base.activations
 
 
+def test_the_estimate_counts_answers_in_the_place_of_a_step():
+    config = config_of("rw", "--model.dtype=bfloat16")
+
+    def need(slots: int, tokens: int):
+        answering = memory.Answering(slots, tokens)
+        return memory.estimate(config, "rw", tiny.ARCH, Shape(512, 1, "shared"), None, answering)
+
+    alone = memory.estimate(config, "rw", tiny.ARCH, Shape(512, 1, "shared"))
+    assert alone.answers == 0 and need(1, 64).total == alone.total, "it has room in that of a step"
+    few, many = need(64, 1024), need(128, 1024)
+    assert few.answers > 0 and few._replace(answers=0.0) == alone
+    # Twice the keys and values of 64 answers, float32 on a CPU; the prefill is of one prompt.
+    arch = tiny.ARCH
+    one = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * 1024 * 4
+    assert many.answers - few.answers == pytest.approx(2 * 64 * one, rel=0.05)
+    (found,) = memory.memory(
+        config, "rw", arch, Shape(512, 1, "shared"), None, int(many.total * 1.1),
+        memory.Answering(128, 1024),
+    )  # fmt: skip
+    assert found.level == "warning" and "train.answers=null saves " in found.remedy
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "attention", "none"])
 def test_the_estimate_is_near_that_of_the_compiler(remat):

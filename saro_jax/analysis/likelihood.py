@@ -49,11 +49,13 @@ def cases(rows: Sequence[PreferenceRow]) -> list[Case]:
     """The pairs of whole turns with both answers, and with reasoning before the chosen one."""
     found = []
     for row in rows:
-        if isinstance(row.prompt, str) or len(row.chosen) != 1 or len(row.rejected) != 1:
+        chosen, rejected = row.chosen, row.rejected
+        if isinstance(row.prompt, str) or isinstance(chosen, str) or isinstance(rejected, str):
+            continue
+        if len(chosen) != 1 or len(rejected) != 1:
             continue
         safe, unsafe = (
-            reasoning.parse(row.prefix + turns[0].content)  # type: ignore[union-attr]
-            for turns in (row.chosen, row.rejected)
+            reasoning.parse(row.prefix + turns[0].content) for turns in (chosen, rejected)
         )
         if safe.status == "ok" and unsafe.status == "ok" and safe.answer != unsafe.answer:
             found.append(Case(row, safe.reasoning, safe.answer, unsafe.answer))

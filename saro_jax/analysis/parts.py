@@ -24,7 +24,7 @@ from saro_jax.analysis import (
     states,
 )
 from saro_jax.analysis.pool import GROUPS, Asked
-from saro_jax.analysis.results import END, PROMPT, Map, Point
+from saro_jax.analysis.results import END, PROMPT, Map, Method, Point
 from saro_jax.config import Config
 from saro_jax.data.packing import round_up
 from saro_jax.data.rows import PreferenceRow
@@ -170,7 +170,7 @@ def of_prompts(
     pictures = []
     for layer in sorted({arch.num_layers // 2, arch.num_layers}):
         x_ND = linear.standardised(states_NLD[:, layer])
-        drawn = [("pca", 0, maps.pca(x_ND)[0])]
+        drawn: list[tuple[Method, int, np.ndarray]] = [("pca", 0, maps.pca(x_ND)[0])]
         for seed in range(config.seed, config.seed + settings.tsne_seeds):
             drawn.append(("tsne", seed, maps.tsne(x_ND, seed)))
         for method, seed, y_N2 in drawn:
@@ -179,7 +179,7 @@ def of_prompts(
                 for one, (x, y) in zip(asked, y_N2, strict=True)
             )
             pictures.append(
-                Map(model=model.name, layer=layer, method=method, seed=seed, points=points)  # type: ignore[arg-type]
+                Map(model=model.name, layer=layer, method=method, seed=seed, points=points)
             )
     return {"overlap": compared, "maps": pictures, "probes": probed}
 

@@ -18,6 +18,8 @@ FILE = "analysis.json"
 # whole reasoning.
 Position = Text
 PROMPT, END = "prompt", "end"
+# How hidden states become points of a plane.
+Method = Literal["pca", "tsne"]
 
 
 class Overlap(Part):
@@ -56,7 +58,7 @@ class Map(Part):
 
     model: Text
     layer: int = Field(ge=0)
-    method: Literal["pca", "tsne"]
+    method: Method
     seed: int = 0
     points: tuple[Point, ...]
 

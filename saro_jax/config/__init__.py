@@ -2,7 +2,7 @@
 
 from saro_jax.config.analyse import AnalyseConfig
 from saro_jax.config.combinations import DROP_WINDOW, LAYER_PROJECTIONS, PROJECTIONS
-from saro_jax.config.command_line import Flag, help_text, parse_command_line
+from saro_jax.config.command_line import CONFIG, OUT, Flag, help_text, parse_command_line
 from saro_jax.config.data import DataConfig
 from saro_jax.config.evaluate import EvaluateConfig
 from saro_jax.config.lora import LoRAConfig
@@ -22,8 +22,10 @@ from saro_jax.config.values import names
 from saro_jax.config.versions import provenance
 
 __all__ = [
+    "CONFIG",
     "DROP_WINDOW",
     "LAYER_PROJECTIONS",
+    "OUT",
     "PROJECTIONS",
     "STAGES",
     "TRAINING",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from saro_jax.config.recipe import option
@@ -31,30 +33,35 @@ class Flag:
         return self.name.replace("-", "_")
 
 
+CONFIG = Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart")
+OUT = Flag("out", "output folder", parse=Path, required=True)
+
+
 def parse_command_line(
     prog: str,
-    doc: str,
-    argv: Sequence[str],
+    doc: str | None,
+    argv: Sequence[str] | None,
     flags: Sequence[Flag],
     tree: bool = True,
     places: str = "",
 ) -> Namespace:
     """Parse a stage's flags; what is left must be overrides of the tree, kept as `.overrides`.
 
-    `--a=b` and `--a b` are the same. `tree=False` is for a stage that reads no Config. `places` is
-    the name of the arguments without dashes, where a stage takes such; they are kept as `.places`.
-    `--help` prints `doc`, the flags and all fields, and exits. Raises a one-line ValueError that
-    names the flag; values of overrides are checked by `load`.
+    `argv=None` is what the process was called with. `--a=b` and `--a b` are the same. `tree=False`
+    is for a stage that reads no Config. `places` is the name of the arguments without dashes, where
+    a stage takes such; they are kept as `.places`. `--help` prints `doc`, the flags and all fields,
+    and exits. Raises a one-line ValueError that names the flag; values of overrides are checked by
+    `load`.
     """
     known = {flag.name: flag for flag in flags}
     values: dict[str, Any] = {}
     overrides: list[str] = []
-    rest = list(argv)
+    rest = list(sys.argv[1:] if argv is None else argv)
     named: list[str] = []
     while rest:
         token = rest.pop(0)
         if token in ("-h", "--help"):
-            print(_stage_help(f"{prog} {places}..." if places else prog, doc, flags, tree))
+            print(_stage_help(f"{prog} {places}..." if places else prog, doc or "", flags, tree))
             raise SystemExit(0)
         if places and not token.startswith("-"):
             named.append(token)

@@ -299,7 +299,7 @@ def _prompt(
         source=source.name,
         source_id=str(_value(record, columns["id"]) or number),
         license=str(_value(record, columns["license"]) or ""),
-        kind=kind,  # type: ignore[arg-type] - one of KINDS, checked above
+        kind=kind,
         base_id=None if base is None else str(base),
         categories=tuple(categories),
         label_conf=confidence,

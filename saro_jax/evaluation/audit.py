@@ -19,10 +19,10 @@ from saro_jax.config import Flag
 from saro_jax.evaluation import statistics
 from saro_jax.evaluation.metrics import Measure, groups, measures
 from saro_jax.evaluation.results import Audit, Transcript, read_transcripts, transcript_files
-from saro_jax.records import sha256, written
+from saro_jax.records import Kind, sha256, written
 
 FILE = "audit.csv"
-COLUMNS = ("key", "prompt", "answer", "label", "safe", "note")
+COLUMNS: tuple[str, ...] = ("key", "prompt", "answer", "label", "safe", "note")
 LABELS, SAFE = ("FC", "FR", "PR"), ("safe", "unsafe")
 # Metrics that a person's label decides, and how.
 BY_REFUSAL = {
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     try:
         args = configuration.parse_command_line(
-            "python -m saro_jax.evaluation.audit DIR", __doc__ or "", given, flags, tree=False
+            "python -m saro_jax.evaluation.audit DIR", __doc__, given, flags, tree=False
         )
         if folder is None:
             raise ValueError("DIR: required: the folder of an evaluation")
@@ -128,15 +128,16 @@ def folded(file: Path, transcripts: Sequence[Transcript]) -> tuple[Audit, ...]:
     found = []
     for (model, benchmark, view), rows in groups(transcripts).items():
         for measure in measures(rows):
-            for kind in dict.fromkeys(one.kind for one in measure.rows):
+            kinds: dict[Kind, None] = dict.fromkeys(one.kind for one in measure.rows)
+            for kind in kinds:
                 one = _folded(measure, kind, labels)
                 if one is not None:
                     found.append(
                         Audit(
                             model=model,
                             benchmark=benchmark,
-                            view=view,  # type: ignore[arg-type]
-                            kind=kind,  # type: ignore[arg-type]
+                            view=view,
+                            kind=kind,
                             metric=measure.metric,
                             judge=measure.judge,
                             **one,

@@ -26,6 +26,7 @@ from saro_jax.models.lora import Adapters
 from saro_jax.parallel.mesh import row_shards
 from saro_jax.records import KINDS
 from saro_jax.text import chat
+from saro_jax.training.memory import Answering
 
 SLOTS = 16  # answers decoded at a time by each row shard
 BENCHMARK, MODEL = "held_out", "trained"  # what the transcripts call them
@@ -33,13 +34,14 @@ BENCHMARK, MODEL = "held_out", "trained"  # what the transcripts call them
 
 @dataclass(frozen=True)
 class Questions:
-    """Fixed prompts, and the settings they are asked with.
+    """Fixed prompts, and the settings they are asked with; `tokens` of the longest prompt.
 
     The answers do not depend on how many of them are decoded at a time.
     """
 
     asked: list[Question]
     settings: EvaluateConfig
+    tokens: int
 
 
 def read(source: str, tokens: int, arch: Architecture, tokenizer: Any) -> Questions:
@@ -50,6 +52,7 @@ def read(source: str, tokens: int, arch: Architecture, tokenizer: Any) -> Questi
         asked, _ = benchmarks.read(chosen)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    longest = 0
     for one in asked:
         try:
             ids = chat.prompt_ids(tokenizer, (chat.Message("user", one.prompt),))
@@ -60,7 +63,15 @@ def read(source: str, tokens: int, arch: Architecture, tokenizer: Any) -> Questi
                 f"{where}: prompt {one.id}: {len(ids)} tokens and train.answers_tokens={tokens} "
                 f"exceed the model's {arch.max_position_embeddings} positions"
             )
-    return Questions(asked, EvaluateConfig(think_tokens=None, answer_tokens=tokens))
+        longest = max(longest, len(ids))
+    settings = EvaluateConfig(think_tokens=None, answer_tokens=tokens)
+    return Questions(asked, settings, longest)
+
+
+def decoded(questions: Questions, mesh: Mesh) -> Answering:
+    """What `answer` decodes, for the estimate of memory."""
+    slots = min(SLOTS * row_shards(mesh), len(questions.asked))
+    return Answering(slots, questions.tokens + questions.settings.answer_tokens)
 
 
 def answer(
@@ -88,7 +99,7 @@ def answer(
         name=MODEL,
         sha="",
         dtype=dtype,
-        slots=min(SLOTS * row_shards(mesh), len(questions.asked)),
+        slots=decoded(questions, mesh).slots,
         mesh=mesh if mesh.size > 1 else None,
         look=look,
     )

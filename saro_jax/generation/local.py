@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -19,6 +19,11 @@ from saro_jax.parallel import sharding
 from saro_jax.records import Sampler, sha256
 from saro_jax.text import chat, reasoning
 
+FINISHES: dict[Finish, Literal["eos", "length", "stop"]] = {
+    "stop": "eos",
+    "length": "length",
+    "cut": "stop",
+}
 CLOSING = "\n</think>\n\n"  # what budget forcing ends a thought with
 
 
@@ -142,7 +147,7 @@ class Local:
             text = text[: self._stop(ids, request.sampler.stop)]
         return Sample(
             text,
-            {"stop": "eos", "length": "length", "cut": "stop"}[one.finish],  # type: ignore[arg-type]
+            FINISHES[one.finish],
             prompt_tokens=len(job.prompt),
             tokens=len(one.ids),
             ids=tuple(one.ids.tolist()),

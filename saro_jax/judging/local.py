@@ -65,10 +65,11 @@ def judge(
         except ValueError as error:
             wanted.append(str(error))
             continue
-        wanted.append([])
+        numbers = []
         for window in mine:
-            wanted[-1].append(list(range(len(questions), len(questions) + len(window))))  # type: ignore
+            numbers.append(list(range(len(questions), len(questions) + len(window))))
             questions.extend(window)
+        wanted.append(numbers)
     asked = ask(model, guard, questions, batch_size)
     answers = []
     for row in wanted:
@@ -99,8 +100,9 @@ def ask(
         texts.append(text)
         before.append(None if place is None else generated[:place])
     scores: list[float | None] = [None] * len(texts)
-    known = [i for i, lead in enumerate(before) if lead is not None]
-    whole = [np.concatenate([questions[i], before[i]]) for i in known]  # type: ignore[list-item]
+    leads = {i: lead for i, lead in enumerate(before) if lead is not None}
+    known = list(leads)
+    whole = [np.concatenate([questions[i], lead]) for i, lead in leads.items()]
     for batch in engine.batches([len(ids) for ids in whole], batch_size):
         logp_BV = next_logps(model, [whole[i] for i in batch])
         bad = np.logaddexp.reduce(logp_BV[:, unsafe], axis=-1)

@@ -74,8 +74,8 @@ def _dot_bwd(residuals, dy):
     dw = lax.platform_dependent(
         left,
         dy_rows,
-        cpu=lambda *of: product(*of, F32).astype(w_IO.dtype),
-        default=lambda *of: product(*of, w_IO.dtype),
+        cpu=lambda left, dy_rows: product(left, dy_rows, F32).astype(w_IO.dtype),
+        default=lambda left, dy_rows: product(left, dy_rows, w_IO.dtype),
     )
     return dx, dw
 

@@ -101,7 +101,7 @@ def assembled(
     kept, rejects = _settled([*outcome, *process], shares, None)
     if shares.size is not None:
         op, pp = _split(kept)
-        quotas = dict(zip(KINDS, _numbers(shares.quotas), strict=True))
+        quotas: dict[str, float] = dict(zip(KINDS, _numbers(shares.quotas), strict=True))
         op, dropped = balance.quotas(op, _prompt_kind, quotas, shares.size)
         mix = dict(zip(PROCESS, _numbers(shares.mix), strict=True))
         variants = [pair for pair in pp if pair.kind in PROCESS]

@@ -70,7 +70,7 @@ def whole(
             TraceStep(i=at, start_char=s.start, end_char=s.end, text=s.text, kind=s.kind)
             for at, s in enumerate(reasoning.segment(parsed.reasoning))
         ),
-        decision=decided if decided in MODES else "none",  # type: ignore[arg-type]
+        decision=decided if decided in MODES else "none",
         n_tok=TokenCounts(
             prompt=count(prompt.text), reason=count(parsed.reasoning), answer=count(parsed.answer)
         ),

@@ -34,17 +34,14 @@ REDUCE = 300.0  # seconds that the sum over all devices may take, compilation in
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     flags = [
-        Flag("config", "recipe: a YAML file or the name of one in configs/", "quickstart"),
+        configuration.CONFIG,
         Flag("stage", "which stage's config", "rw", choices=("rw", "srpo")),
         Flag("out", "output folder that is going to be used, or gs://BUCKET/FOLDER"),
         *distributed.FLAGS,
     ]
     try:
         args = configuration.parse_command_line(
-            "python -m saro_jax.parallel.preflight",
-            __doc__ or "",
-            sys.argv[1:] if argv is None else argv,
-            flags,
+            "python -m saro_jax.parallel.preflight", __doc__, argv, flags
         )
         launch = launchers.find(args.coordinator, args.processes, args.process)
         if launch is not None:

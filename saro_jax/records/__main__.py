@@ -20,8 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Flag("id", "the record's id", required=True),
     ]
     try:
-        given = sys.argv[1:] if argv is None else argv
-        args = parse_command_line("python -m saro_jax.records", __doc__ or "", given, flags, False)
+        args = parse_command_line("python -m saro_jax.records", __doc__, argv, flags, False)
         found = lineage(args.id, args.file)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

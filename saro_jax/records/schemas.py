@@ -8,10 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from saro_jax.records.ids import to_json
 
 Kind = Literal["harmful", "jailbreak", "benign", "borderline"]
-KINDS: tuple[str, ...] = get_args(Kind)
+KINDS: tuple[Kind, ...] = get_args(Kind)
 Split = Literal["train", "dev", "test"]
 Mode = Literal["comply", "comply_care", "safe_complete", "refuse"]
-MODES: tuple[str, ...] = get_args(Mode)
+MODES: tuple[Mode, ...] = get_args(Mode)
 Refusal = Literal["FC", "FR", "PR", "invalid"]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]

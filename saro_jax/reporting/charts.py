@@ -189,8 +189,9 @@ def _thinned(one: Series) -> Series:
     means = []
     for start, end in pairwise(bounds):
         group = points[start:end]
-        means.append(tuple(sum(p[axis] for p in group) / len(group) for axis in (0, 1)))
-    return Series(one.name, one.style, means)  # type: ignore[arg-type]
+        x, y = (sum(p[axis] for p in group) / len(group) for axis in (0, 1))
+        means.append((x, y))
+    return Series(one.name, one.style, means)
 
 
 def intervals(

@@ -122,7 +122,7 @@ def _labels(
     plot: Frame, points: Sequence[Point], named: Sequence[bool]
 ) -> list[tuple[tuple[float, float], str]]:
     """A place for each point's name: beside it, and where it covers no other name or mark."""
-    taken = [
+    taken: list[tuple[float, ...]] = [
         (plot.x(p.x[0]) - 8, plot.y(p.y[0]) - 8, plot.x(p.x[0]) + 8, plot.y(p.y[0]) + 8)
         for p in points
     ]
@@ -152,7 +152,7 @@ def _labels(
             if best is None or score < best[0]:
                 best = (score, (x + dx, y + dy), anchor, box)
         assert best is not None
-        taken.append(best[3])  # type: ignore[arg-type]
+        taken.append(best[3])
         found.append((best[1], best[2]))
     return found
 

@@ -173,9 +173,10 @@ def to_think(text: str, style: Style) -> str:
     if style == "stair_tags":
         found = list(STAIR_STEP.finditer(text))
         output = STAIR_OUTPUT.search(text)
-        if not found and output is None:
+        first = found[0] if found else output
+        if first is None:
             return text
-        start = found[0].start() if found else output.start()  # type: ignore[union-attr]
+        start = first.start()
         inside = "\n\n".join(match[1] for match in found)
         if output is None:
             return f"{text[:start]}{OPEN}\n{inside}"

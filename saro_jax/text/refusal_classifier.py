@@ -186,10 +186,12 @@ def classify(prompt: str, answer: str) -> Verdict:
 
 def classify_all(rows: Sequence[tuple[str, str]]) -> list[Verdict]:
     """Judge answers to prompts, each by itself."""
-    features_ND = np.stack([features(prompt, answer) for prompt, answer in rows]) if rows else None
+    if not rows:
+        return []
+    features_ND = np.stack([features(prompt, answer) for prompt, answer in rows])
     verdicts = []
     for i, (_, answer) in enumerate(rows):
-        p_refusal, p_partial = probabilities(weights(), features_ND[i : i + 1])[0]  # type: ignore
+        p_refusal, p_partial = probabilities(weights(), features_ND[i : i + 1])[0]
         verdicts.append(decide(answer, float(p_refusal), float(p_partial)))
     return verdicts
 

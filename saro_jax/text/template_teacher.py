@@ -62,7 +62,11 @@ class TemplateTeacher:
 def respond(
     prompt: Prompt, policy: Policy, rng: random.Random, base_text: str | None = None
 ) -> str | None:
-    """One reasoned answer in the project's format; `base_text` is the request without disguise."""
+    """One reasoned answer in the project's format; `base_text` is the request without disguise.
+
+    How it opens follows from the prompt alone: among answers that opened differently the shortest
+    would be chosen, and with it the openings that are short for a kind.
+    """
     wrapper = wrappers.by_id(prompt.attack.template_id) if prompt.attack else None
     slots = {
         "excerpt": excerpt(base_text or prompt.text),
@@ -90,7 +94,7 @@ def _declines(
     slots |= {"offer": offer["plan"], "offer_sentence": offer["answer"]}
     mode = rule.mode
     is_attack = prompt.attack is not None
-    steps = [_say(rng, "request_wrapped" if is_attack else "request", slots)]
+    steps = [_say(random.Random(prompt.id), "request_wrapped" if is_attack else "request", slots)]
     if is_attack and rng.random() < REFLECT:
         steps.append(_say(rng, "naive", slots))
         steps.append(_say(rng, rng.choice(("reflect_marked", "reflect_unmarked")), slots))
@@ -118,7 +122,7 @@ def _answers(
         return None
     solution = prompt.meta.get("solution")
     slots["point"] = _first_sentence(answer)
-    steps = [_say(rng, "request_wrapped" if wrapped else "request", slots)]
+    steps = [_say(random.Random(prompt.id), "request_wrapped" if wrapped else "request", slots)]
     steps.append(_aim(rng, "borderline" if prompt.kind == "borderline" else "benign", slots))
     mode = "comply"
     soft = [
@@ -154,9 +158,8 @@ def _wrapper_rule(rules: Sequence[Rule], policy: Policy) -> Rule | str | None:
 
 
 def _aim(rng: random.Random, kind: str, slots: Mapping[str, str]) -> str:
-    """What the request is for: a lead that is the same for every kind, and what the kind adds."""
-    stem = rng.choice(stems()["aim"])
-    return f"{stem['lead']} {_filled(stem[kind], slots)}"
+    """What the request is for: a question that is the same for every kind, and its answer."""
+    return f"{stems()['aim']} {_say(rng, f'aim_{kind}', slots)}"
 
 
 def _say(rng: random.Random, slot: str, slots: Mapping[str, str]) -> str:

@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 
 from saro_jax.config import Config
 from saro_jax.data.packing import Shape
+from saro_jax.generation.engine import prompts_at_once
+from saro_jax.generation.programs import sizes
 from saro_jax.models import decoder
 from saro_jax.models.architecture import Architecture
 from saro_jax.objectives.logprobs import CHUNK
@@ -30,6 +32,7 @@ class Memory(NamedTuple):
     gradients: float
     activations: float
     head: float
+    answers: float
     process: float
 
     @property
@@ -37,10 +40,23 @@ class Memory(NamedTuple):
         return sum(self)
 
 
+class Answering(NamedTuple):
+    """What a run with `train.answers` decodes: answers at a time, over all devices, and the tokens
+    of the longest, its prompt included."""
+
+    slots: int
+    tokens: int
+
+
 def estimate(
-    config: Config, stage: str, arch: Architecture, shape: Shape, mesh: Mesh | None = None
+    config: Config,
+    stage: str,
+    arch: Architecture,
+    shape: Shape,
+    mesh: Mesh | None = None,
+    answering: Answering | None = None,
 ) -> Memory:
-    """Peak bytes of a training step on one device, by a formula.
+    """Peak bytes of training on one device, by a formula.
 
     weights      of the trained and the frozen leaves in their dtypes; the trained ones twice with
                  a resident reference
@@ -53,6 +69,8 @@ def estimate(
                  layer's working set in float32
     head         three float32 chunks of logits, the output matrix in the compute dtype, and its
                  float32 gradient twice
+    answers      what answering needs (`_answering`) above gradients, activations and head, in the
+                 place of which it comes
     process      on a CPU 0.5 GiB of Python, libraries and compiled programs
     Parameters are divided by mesh.fsdp x mesh.sequence x mesh.tensor, t by the shards of rows and
     of their tokens. Fragmentation is
@@ -81,23 +99,62 @@ def estimate(
     moments = (8 if config.optimizer.name == "adamw" else 0) * trained / parts
     activations = tokens * (arch.num_layers * kept + working)
     head = 3 * chunk * V * 4 + V * D * (compute + 8) / parts
+    gradients = trained * (4 if width == 4 else 8) / parts
     if config.optimizer.offload and not cpu:
         moments = max(0.0, moments - activations - head)
+    answers = 0.0
+    if answering is not None:
+        steps = gradients + activations + head + (moments if config.optimizer.offload else 0)
+        answers = max(0.0, _answering(config, arch, mesh, answering) - steps)
     return Memory(
         weights=(copies * trained * width + read_only) / parts,
         moments=moments,
-        gradients=trained * (4 if width == 4 else 8) / parts,
+        gradients=gradients,
         activations=activations,
         head=head,
+        answers=answers,
         process=GIB / 2 if cpu else 0,
     )
 
 
+def _answering(
+    config: Config, arch: Architecture, mesh: Mesh | None, answering: Answering
+) -> float:
+    """Bytes on one device beside weights and moments while the model answers.
+
+    The matrices in the compute dtype, where they are not (adapters are added to all of them at
+    most), and on one CPU device once more, layer by layer; keys and values, twice while they grow;
+    a prefill's working set and the logits of all slots, in float32 twice.
+    """
+    parts = meshes.weight_shards(mesh) if mesh is not None else 1
+    rows = meshes.row_shards(mesh) if mesh is not None else 1
+    compute = jnp.dtype(config.model.dtype).itemsize
+    cpu = jax.default_backend() == "cpu"
+    cast = config.model.param_dtype != config.model.dtype or config.lora.rank > 0
+    copies = int(cast) + int(cpu and (mesh is None or mesh.size == 1))
+    N, K = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    slots, tokens = answering.slots / rows, sizes(answering.tokens)
+    tensor = mesh.shape["tensor"] if mesh is not None else 1
+    heads = tensor if arch.num_kv_heads % tensor == 0 else 1
+    cache = 2 * arch.num_layers * K * slots * tokens * (4 if cpu else compute) / heads
+    prompts = prompts_at_once(answering.slots, mesh, jax.default_backend()) / rows
+    working = (4 * arch.hidden_size + 2 * N + 2 * K + 4 * arch.intermediate_size) * 4
+    prefill = prompts * tokens * working
+    logits = 2 * 4 * slots * arch.vocab_size
+    return copies * compute * parameters(arch) / parts + 2 * cache + max(prefill, logits)
+
+
 def memory(
-    config: Config, stage: str, arch: Architecture, shape: Shape, mesh: Mesh | None, available: int
+    config: Config,
+    stage: str,
+    arch: Architecture,
+    shape: Shape,
+    mesh: Mesh | None,
+    available: int,
+    answering: Answering | None = None,
 ) -> list[Finding]:
     """The estimate against `available` bytes of the device, with the largest saving."""
-    need = estimate(config, stage, arch, shape, mesh)
+    need = estimate(config, stage, arch, shape, mesh, answering)
     parts = ", ".join(
         f"{name} {value / GIB:.2f}" for name, value in need._asdict().items() if value > 0
     )
@@ -108,12 +165,13 @@ def memory(
     share = need.total / available
     if share <= 0.85:
         return [Finding("ok", "memory", found)]
-    remedy = _savings(config, stage, arch, shape, mesh, need.total)
+    remedy = _savings(config, stage, arch, shape, mesh, answering, need)
     return [Finding("error" if share > 1 else "warning", "memory", found, remedy)]
 
 
-def _savings(config: Config, stage, arch, shape: Shape, mesh, total: float) -> str:
+def _savings(config: Config, stage, arch, shape: Shape, mesh, answering, need: Memory) -> str:
     """What would lower the estimate, the largest saving first."""
+    total = need.total
     changes: list[tuple[str, Config, Shape]] = []
 
     def changed(**update: str) -> Config:
@@ -132,9 +190,10 @@ def _savings(config: Config, stage, arch, shape: Shape, mesh, total: float) -> s
         option = f"data.row_length={half}"
         changes.append((option, config, shape._replace(row_length=half)))
     saved = [
-        (total - estimate(new, stage, arch, some, mesh).total, option)
+        (total - estimate(new, stage, arch, some, mesh, answering).total, option)
         for option, new, some in changes
     ]
+    saved.append((need.answers, "train.answers=null"))
     if not config.lora.rank:
         width = jnp.dtype(config.model.param_dtype).itemsize
         saved.append(

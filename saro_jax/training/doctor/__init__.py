@@ -17,7 +17,7 @@ from saro_jax.training.doctor.preferences import labels, length_bias, pairs
 from saro_jax.training.doctor.rows import ends, kinds, lost, prompts, template, vocabulary
 from saro_jax.training.doctor.settings import hyperparameters, packing
 from saro_jax.training.finding import LEVELS, Finding
-from saro_jax.training.memory import device_memory, memory
+from saro_jax.training.memory import Answering, device_memory, memory
 
 
 def before(
@@ -33,6 +33,7 @@ def before(
     total: int,
     evaluation: Sequence[Item],
     steps: int,
+    answering: Answering | None = None,
 ) -> list[Finding]:
     """Everything that can be told without weights, the gravest first."""
     findings = [
@@ -47,6 +48,6 @@ def before(
         *kinds(items),
         *hyperparameters(config, stage, arch, items, steps),
         *packing(config, items, shape, steps),
-        *memory(config, stage, arch, shape, mesh, device_memory()),
+        *memory(config, stage, arch, shape, mesh, device_memory(), answering),
     ]
     return sorted(findings, key=lambda finding: -LEVELS.index(finding.level))
