@@ -100,7 +100,7 @@ def run(
     limits = _limits(settings, limits or Limits())
     columns = pool.column_map(configuration.names(settings.columns), "--synthesize.columns")
     given = pool.sources(configuration.names(settings.prompts), "--synthesize.prompts")
-    prompts, rejects, inputs = pool.read(given, columns, policy, settings.split)
+    prompts, rejects, inputs = pool.read(given, columns, policy, settings.split, config.seed)
     n_in = sum(one.rows for one in inputs)
     evaluation: dict[str, list[str]] = {}
     for name in configuration.names(settings.evaluation):

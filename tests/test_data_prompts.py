@@ -30,6 +30,25 @@ def some(count: int, kind: str = "harmful", **more) -> list[Prompt]:
     return [Prompt.model_validate({"id": prompt_id(t), "text": t} | parts) for t in texts]
 
 
+def test_a_source_gives_as_many_as_it_is_asked_for(tmp_path: Path):
+    file = write(tmp_path / "h.jsonl", *({"prompt": f"Do {i}"} for i in range(40)))
+    (whole, ten) = sources([f"harmful={file}", f"harmful={file}@10"], "--x")
+    assert (ten.kind, ten.name, ten.limit) == ("harmful", file, 10) and whole.limit is None
+    every = [one.text for one in read(whole)[0]]
+    drawn = {}
+    for seed in (0, 1):
+        prompts, rejects, inputs = pool.read([ten], COLUMNS, POLICY, "train", seed)
+        drawn[seed] = [one.text for one in prompts]
+        assert len(prompts) == 10 and inputs[0].rows == 40
+        assert [one.reason for one in rejects] == ["not drawn"] * 30
+        # In the file's order, and not its beginning.
+        assert drawn[seed] == [text for text in every if text in drawn[seed]] != every[:10]
+    assert drawn[0] != drawn[1]
+    assert read(Source("harmful", file, 50))[1] == []
+    with pytest.raises(ValueError, match=r"--x=benign=a\.jsonl@0: expected at least 1 row after @"):
+        sources(["benign=a.jsonl@0"], "--x")
+
+
 def test_rows_of_several_forms_become_prompts(tmp_path: Path):
     own = write(
         tmp_path / "own.jsonl",

@@ -32,25 +32,33 @@ HARMFUL = ("harmful", "jailbreak")
 
 @dataclass(frozen=True)
 class Source:
-    """A source of prompts; `kind` is that of all its rows, None where they say it themselves."""
+    """A source of prompts; `kind` is that of all its rows, None where they say it themselves.
+
+    `limit` is how many of its prompts are drawn, None all.
+    """
 
     kind: str | None
     name: str
+    limit: int | None = None
 
 
 def sources(given: Sequence[str], option: str) -> list[Source]:
-    """Sources of texts like "benign=gsm8k.jsonl" or "prompts.jsonl"."""
+    """Sources of texts like "prompts.jsonl", "benign=gsm8k.jsonl" or "benign=gsm8k.jsonl@200"."""
     found = []
     for text in given:
-        kind, equals, name = text.partition("=")
+        whole, at, rows = text.rpartition("@")
+        limit = int(rows) if at and rows.isdecimal() else None
+        if limit == 0:
+            raise ValueError(f"{option}={text}: expected at least 1 row after @")
+        kind, equals, name = (text if limit is None else whole).partition("=")
         if equals and kind in KINDS:
-            found.append(Source(kind, name))
+            found.append(Source(kind, name, limit))
         elif equals and re.fullmatch(r"\w+", kind):
             raise ValueError(
                 f"{option}={text}: expected {' or '.join(KINDS)} before =, got {kind!r}"
             )
         else:
-            found.append(Source(None, text))
+            found.append(Source(None, text if limit is None else whole, limit))
     return found
 
 
@@ -68,9 +76,15 @@ def column_map(given: Sequence[str], option: str) -> dict[str, tuple[str, ...]]:
 
 
 def read(
-    given: Sequence[Source], columns: Mapping[str, tuple[str, ...]], policy: Policy, split: str
+    given: Sequence[Source],
+    columns: Mapping[str, tuple[str, ...]],
+    policy: Policy,
+    split: str,
+    seed: int = 0,
 ) -> tuple[list[Prompt], list[Reject], list[Input]]:
     """All prompts of the sources in order, the rows that are none, and what was read.
+
+    A source with a limit gives as many prompts, drawn by the seed; the others are rejects.
 
     The same text twice is one prompt. Categories are ids of the policy or names of a taxonomy that
     it maps; a label that means nothing lowers label_conf to 0.5. Answers are kept for harmless
@@ -102,6 +116,11 @@ def read(
             raise ValueError(f"{source.name}: no rows")
         inputs.append(Input(source.name, count, digest.hexdigest(), _local(source.name)))
         _resolve_bases(mine, prompts)
+        if source.limit is not None:
+            mine.sort(key=lambda one: _draw(seed, "limit", one.id))
+            for one in mine[source.limit :]:
+                rejects.append(Reject(one.id, "not drawn", f"{source.name}@{source.limit}"))
+                del prompts[one.id]
     return list(prompts.values()), rejects, inputs
 
 
