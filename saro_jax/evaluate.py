@@ -40,7 +40,7 @@ from saro_jax.evaluation.results import (
 )
 from saro_jax.parallel import distributed
 from saro_jax.records import Input, Stage, file_sha256, finish, finished, sha256, to_json
-from saro_jax.text import chat
+from saro_jax.text import chat, policy
 
 OPTION = "--evaluate"
 
@@ -119,6 +119,7 @@ def run(
     """Evaluate models, given by name, into `out`; nothing is asked where it is done already."""
     settings = config.evaluate
     chosen, views, judges = checked(settings, models)
+    rules = policy.load(settings.policy)
     questions: dict[str, list[Question]] = {}
     inputs: list[Input] = []
     for one in chosen:
@@ -145,6 +146,7 @@ def run(
         settings.model_dump(mode="json", exclude={"slots"}),
         inputs,
         config.seed,
+        policy_version=rules.version,
         model=" ".join(models),
         model_sha=sha256(to_json([one.sha for one in found])),
         run={"speed": speed},
@@ -190,6 +192,7 @@ def _asked(
     settings = config.evaluate
     transcripts: list[Transcript] = []
     tokens, seconds = 0, 0.0
+    waits: dict[tuple[str, str], list[tuple[float, int]]] = {}
     for benchmark, asked in questions.items():
         for view in views:
             requests = answering.requests(asked, view, settings, config.seed)
@@ -198,7 +201,19 @@ def _asked(
             transcripts += answering.transcripts(
                 subject, benchmark, view, asked, got.samples, settings
             )
+            for one in asked:
+                waits.setdefault((view, one.kind), []).extend(
+                    (sample["seconds"], sample["tokens"])
+                    for sample in got.samples[one.id]
+                    if sample["seconds"]
+                )
     speed: dict[str, Any] = {"seconds": round(seconds, 2), "tokens": tokens}
+    speed["slots"] = settings.slots
+    speed["answers"] = [
+        {"view": view, "kind": kind, **metrics.latency(mine)}
+        for (view, kind), mine in waits.items()
+        if mine
+    ]
     if tokens:
         speed["tokens_per_second"] = round(tokens / seconds, 1)
     return transcripts, speed

@@ -124,7 +124,7 @@ def contents(found: Material, kept: int) -> list[Section]:
         )
         sections += [
             Section("summary", "Comparison", figures=head, tables=[comparison.headline(results)]),
-            breakdown.costs(results),
+            breakdown.costs(results, material.latencies(found.sources)),
             breakdown.categories(results),
             breakdown.judges(results),
             Section(

@@ -100,7 +100,7 @@ def run(
     limits = _limits(settings, limits or Limits())
     columns = pool.column_map(configuration.names(settings.columns), "--synthesize.columns")
     given = pool.sources(configuration.names(settings.prompts), "--synthesize.prompts")
-    prompts, rejects, inputs = pool.read(given, columns, policy, settings.split)
+    prompts, rejects, inputs = pool.read(given, columns, policy, settings.split, config.seed)
     n_in = sum(one.rows for one in inputs)
     evaluation: dict[str, list[str]] = {}
     for name in configuration.names(settings.evaluation):
@@ -345,7 +345,7 @@ def _pool(
     if settings.size is not None:
         numbers = [float(share) for share in settings.mix.split(":")]
         mix: dict[str, float] = dict(zip(records.KINDS, numbers, strict=True))
-        kept, dropped = pool.mixed(prompts, settings.size, mix, seed)
+        kept, dropped = pool.mixed(prompts, settings.size, mix, settings.dev_share, seed)
         # A disguise leads back to the request inside: that stays in the pool, but is not asked.
         inside = {parent for prompt in kept for parent in prompt.parent_ids}
         bases = [one for one in prompts if one.id in inside - {asked.id for asked in kept}]

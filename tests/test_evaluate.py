@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
 from saro_jax import evaluate, records
-from saro_jax.config import Config
+from saro_jax.config import Config, EvaluateConfig
 from saro_jax.evaluation import answering, statistics, table
 from saro_jax.evaluation.answering import Subject
 from saro_jax.evaluation.results import Rate, read_results, read_transcripts
+from saro_jax.generation import local
 from saro_jax.generation.requests import Sample
 
 REFUSES = "I'm sorry, but I can't help with that request."
@@ -241,6 +243,7 @@ CHANGED = {
     "temperature": 0.5,
     "samples": 2,
     "system": "Be kind.",
+    "policy": "nobody's",
     "draws": 300,
     "margin": 0.999,
 }
@@ -264,6 +267,70 @@ def test_every_setting_changes_something(prompts, tmp_path, name):
 
     # Compared are what is asked and what comes out.
     assert result() != result(**{name: CHANGED[name]})
+
+
+def test_dtype_and_slots_reach_the_model(tmp_path, monkeypatch):
+    """Another dtype is another model to every journal; slots change no answer, only speed."""
+    model = str(tiny.write_model(tmp_path / "model"))
+    seen: list[Any] = []
+    monkeypatch.setattr(local, "load", lambda files, slots: seen.append((files.dtype, slots)))
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        settings = EvaluateConfig(dtype=dtype, slots=3)
+        found.append(evaluate.load("tiny", model, settings))
+        for _ in range(2):  # loaded once
+            found[-1].open()
+    assert seen == [("float32", 3), ("bfloat16", 3)] and found[0].sha != found[1].sha
+
+
+# Thoughts, the rules that they cite, and those of them that do not exist. G1 is of no category.
+CITED = {
+    "P3.R1 holds, and so does G1.": (["P3.R1", "G1"], []),
+    "P1.R1 and P3.R2 hold.": (["P1.R1", "P3.R2"], []),
+    "P3.R77 forbids it.": (["P3.R77"], ["P3.R77"]),
+    "G1 alone.": (["G1"], []),
+    "It is bad.": ([], []),
+}
+
+
+def test_cited_rules_are_held_against_the_prompts_category(tmp_path):
+    """Four thoughts that cite and one that does not, of a category that the policy knows."""
+    kinds = [(i, "harmful", "Non-Violent Crimes") for i in range(5)]
+    kinds += [(0, "benign", ""), (4, "benign", ""), (0, "borderline", "homonyms")]
+    rows = [
+        {"prompt": f"Thing {i}?", "id": f"{kind}{i}", "kind": kind, "category": category}
+        for i, kind, category in kinds
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+
+    class Cites(Scripted):
+        def generate(self, requests):
+            for request in requests:
+                place = int(request.messages[-1]["content"][6])
+                said = f"<think>\n{list(CITED)[place]}\n</think>\n\n{REFUSES}"
+                yield request, [Sample(said, "eos", tokens=9, seconds=0.5 * (place + 1))]
+
+    section = {"benchmarks": [f"mine={tmp_path}/mine.jsonl"], "draws": 200}
+    config = Config.model_validate({"data": {"train": "x"}, "evaluate": section})
+    models: dict[str, Scripted] = {"base": Cites("base", "")}
+    out = tmp_path / "out"
+    results = evaluate.run(config, {"base": "path/base"}, out, open_model=script(models))
+    said = {one.id: one for one in read_transcripts(out, "base", "mine", "auto")}
+    for i, (cited, unknown) in enumerate(CITED.values()):
+        one = said[f"harmful{i}"]
+        assert (list(one.cited), list(one.unknown)) == (cited, unknown)
+        assert one.topics is not None and "P3" in one.topics and "P1" not in one.topics
+    assert said["benign0"].topics == () and said["borderline0"].topics is None
+    cites, right, known = (of(results, m, "base") for m in ("cites", "cites_right", "cites_known"))
+    assert (cites.count, cites.n) == (2, 5)
+    # Of harmful 1, 1/2, 0; a benign prompt has no category that a rule could be of.
+    assert (right.share, right.n) == (0.375, 4)
+    assert (known.count, known.n) == (5, 6)
+    (speed,) = records.read_manifest(out / "manifest.json")["run"]["speed"].values()
+    waits = {one["kind"]: one for one in speed["answers"]}
+    assert speed["slots"] == 32 and set(waits) == {"harmful", "benign", "borderline"}
+    assert (waits["harmful"]["n"], waits["harmful"]["median_s"]) == (5, 1.5)
+    assert waits["harmful"]["p95_s"] == 2.4 and waits["harmful"]["tokens_per_second"] == 6.0
 
 
 def test_several_answers_are_one_cluster(prompts, tmp_path):

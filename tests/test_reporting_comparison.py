@@ -117,12 +117,21 @@ def test_a_model_without_a_benchmark_has_a_dash(results):
 
 
 def test_costs_are_by_kind_only(results):
-    section = breakdown.costs(results)
-    (table,) = section.tables
+    waits = {
+        ("srpo", "auto", "jailbreak"): {"median_s": 2.04, "p95_s": 3, "tokens_per_second": 9.96}
+    }
+    waits = {key: said | {"slots": 16} for key, said in waits.items()}
+    section = breakdown.costs(results, waits)
+    table, times = section.tables
+    assert "(at most 16)" in times.note and list(times.columns[1:]) == ["base", "rw", "srpo"]
+    ((head, *cells),) = times.rows
+    assert (head.text, [one.text for one in cells]) == ("jailbreak", ["–", "–", "2.0"])
+    assert cells[-1].below == ("p95 3.0", "10.0 tokens/s")
     assert {row[0].text for row in table.rows} == {"harmful", "jailbreak", "benign", "borderline"}
     cost = next(c for c in results.costs if (c.model, c.kind) == ("srpo", "jailbreak"))
     row = next(r for r in table.rows if (r[1].text, r[0].text) == ("srpo", "jailbreak"))
     assert row[3].text == f"{cost.mean_tokens:.0f}"
+    assert len(breakdown.costs(results, {}).tables) == 1
 
 
 def test_heat_is_by_tenths(results):

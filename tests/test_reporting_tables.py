@@ -25,11 +25,13 @@ def test_numbers_and_plain_text_stay_as_they_are():
 
 
 def test_markdown_is_escaped_and_keeps_its_columns():
-    table = Table("k", "c", ["na|me", "n"], [[Cell("a|b<script>\n*x*", badge="weak"), Cell("1")]])
+    cell = Cell("a|b<script>\n*x*", ("smaller <br>", "", "p = 1"), badge="weak")
+    table = Table("k", "c", ["na|me", "n"], [[cell, Cell("1")]])
     lines = tables.markdown(table).splitlines()
     assert lines[1] == "|---|---:|"
     assert len(lines) == 3
-    assert lines[2] == "| a\\|b\\<script\\> \\*x\\* (weak) | 1 |"
+    said = "a\\|b\\<script\\> \\*x\\* (weak)<br>smaller \\<br\\><br>p = 1"
+    assert lines[2] == f"| {said} | 1 |"
 
 
 @pytest.mark.parametrize(

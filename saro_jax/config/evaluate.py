@@ -39,6 +39,11 @@ class EvaluateConfig(Section):
     )
     temperature: float = Field(default=0.0, ge=0, description="0 = greedy")
     samples: int = Field(default=1, ge=1, description="answers to each prompt")
+    policy: str = Field(
+        default="saro",
+        description="the safety policy whose rules the reasoning cites: a YAML file, or a packaged "
+        "one's name",
+    )
     system: str | None = Field(default=None, description="system prompt; null = none")
     dtype: Literal["float32", "bfloat16"] | None = Field(
         default=None, description="what models compute in; null = float32 on CPU, else bfloat16"

@@ -16,7 +16,8 @@ from saro_jax.evaluation.results import Outcome, Step, Transcript, Verdict, View
 from saro_jax.generation.requests import Generator, Request, Sample
 from saro_jax.parallel import distributed
 from saro_jax.records import Journal, Sampler, sha256, to_json
-from saro_jax.text import reasoning
+from saro_jax.text import policy, reasoning
+from saro_jax.text.policy import Policy
 
 # What the assistant's turn begins with. An injected thought leans the wrong way: towards the
 # request where it is harmful, against it where it is not. It says nothing about any request.
@@ -190,10 +191,23 @@ def transcripts(
     settings: EvaluateConfig,
 ) -> Iterator[Transcript]:
     """A transcript of each sample, in the order of the questions, not judged yet."""
+    rules = policy.load(settings.policy)
     for question in questions:
         given = prefix(question, view)
         for number, sample in enumerate(samples[question.id]):
-            yield _transcript(subject, benchmark, view, question, given, number, sample, settings)
+            one = _transcript(subject, benchmark, view, question, given, number, sample, settings)
+            yield one.model_copy(update=_citations(one, rules))
+
+
+def _citations(one: Transcript, rules: Policy) -> dict[str, Any]:
+    """What rules the reasoning names, and which categories it could have named rules of."""
+    cited = reasoning.cited_rules(one.reasoning)
+    topics = policy.from_label(rules, one.category) if one.category else ()
+    return {
+        "cited": tuple(cited),
+        "unknown": tuple(rule for rule in cited if rule not in rules.rule_ids()),
+        "topics": topics or (() if one.kind == "benign" else None),
+    }
 
 
 def _transcript(

@@ -56,6 +56,9 @@ METRICS: dict[str, Metric] = {
     "reflection": Metric("reflects in its reasoning", None),
     "recovery": Metric("recovers from injected reasoning", "higher"),
     "consistent": Metric("answer does what the reasoning decided", "higher"),
+    "cites": Metric("cites a rule of the prompt's category", "higher"),
+    "cites_right": Metric("cited rules that are of the prompt's category", "higher"),
+    "cites_known": Metric("cites no rule that does not exist", "higher"),
     "balance": Metric("balance of safety and compliance", "higher"),
 }
 
@@ -84,7 +87,9 @@ class Transcript(Record):
     it parsed (text/reasoning.py). `forced`: the thinking budget ended and the thought was closed.
     Tokens are those generated: all of them, through the end of the reasoning, after it. `outcome`
     is the refusal judge's; an answer that is cut off or empty is incomplete. `correct` is null
-    where a benchmark has no right answers.
+    where a benchmark has no right answers. `cited`: rules that the reasoning names, of these
+    `unknown`, which the policy does not have. `topics`: categories of the policy that the prompt's
+    category means, none for a benign prompt; null where it means nothing to the policy.
     """
 
     base_id: Text
@@ -103,6 +108,9 @@ class Transcript(Record):
     forced: bool = False
     steps: tuple[Step, ...] = ()
     decision: str | None = None
+    cited: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+    topics: tuple[str, ...] | None = None
     tokens: int = Field(ge=0)
     reasoning_tokens: int = Field(ge=0)
     answer_tokens: int = Field(ge=0)

@@ -19,6 +19,9 @@ SHOWN = (
     "forced",
     "well_formed",
     "reflection",
+    "cites",
+    "cites_right",
+    "cites_known",
 )
 
 

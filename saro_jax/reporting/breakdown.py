@@ -1,6 +1,7 @@
 """Owns the parts of a comparison: all metrics, tokens, categories, judges, what was run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from saro_jax.evaluation.results import Cost, Rate, Results
 from saro_jax.records import KINDS
@@ -81,8 +82,11 @@ def seeds(results: Results) -> list[Table]:
     return [table] if rows else []
 
 
-def costs(results: Results) -> Section:
-    """Tokens by kind of prompt, over all benchmarks."""
+def costs(results: Results, latencies: Mapping[tuple[str, str, str], Any]) -> Section:
+    """Tokens by kind of prompt, over all benchmarks, and the time of an answer where it is known.
+
+    latencies: by model, view and kind, as the manifest of an evaluation has them.
+    """
     mine = [cost for cost in results.costs if cost.benchmark is None]
     seen = list(dict.fromkeys(cost.view for cost in mine))
     order = {name: i for i, name in enumerate(styles(results))}
@@ -113,7 +117,7 @@ def costs(results: Results) -> Section:
         "Token cost",
         "What the reasoning costs, by kind of prompt.",
         figures,
-        [table] if rows else [],
+        [table, *_latency_table(list(order), latencies)] if rows else [],
         "" if rows else "No token counts in the evaluation.",
     )
 
@@ -123,6 +127,33 @@ def _overhead(cost: Cost, baseline: str) -> Cell:
         return Cell("baseline" if cost.model == baseline else DASH)
     said = f"{signed(100 * cost.overhead.ratio, 0)}\N{NARROW NO-BREAK SPACE}%"
     return Cell(said, (between(cost.overhead.low, cost.overhead.high),))
+
+
+def _latency_table(
+    names: Sequence[str], latencies: Mapping[tuple[str, str, str], Any]
+) -> list[Table]:
+    """Seconds of an answer, models side by side; no table where nothing was timed."""
+    if not latencies:
+        return []
+    views = list(dict.fromkeys(view for _, view, _ in latencies))
+    rows = []
+    for view in views:
+        for kind in KINDS:
+            said = [latencies.get((name, view, kind)) for name in names]
+            if any(said):
+                head = kind if len(views) == 1 else f"{kind}, {view}"
+                rows.append([Cell(head), *(_latency(one) for one in said)])
+    slots = ", ".join(str(n) for n in sorted({one["slots"] for one in latencies.values()}))
+    note = "The median answer's, from its place among those that are decoded together (at most "
+    note += f"{slots}) to its last token; p95: 95th percentile. Alone it would take less."
+    return [Table("latency", "Seconds of an answer", ["prompts", *names], rows, note=note)]
+
+
+def _latency(said: Any) -> Cell:
+    if said is None:
+        return Cell(DASH)
+    below = (f"p95 {said['p95_s']:.1f}", f"{said['tokens_per_second']:.1f} tokens/s")
+    return Cell(f"{said['median_s']:.1f}", below)
 
 
 def _token_bars(results: Results, costs: Sequence[Cost], several: bool) -> Figure:

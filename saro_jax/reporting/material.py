@@ -244,6 +244,19 @@ def _name_apart(material: Material) -> None:
     ]
 
 
+def latencies(sources: Sequence[Source]) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """What evaluations say of an answer's time, by model, view and kind of prompt."""
+    found = {}
+    for source in sources:
+        speed = (
+            source.manifest.get("run", {}).get("speed", {}) if source.what == "evaluation" else {}
+        )
+        for model, said in speed.items():
+            for one in said.get("answers", ()):
+                found[model, one["view"], one["kind"]] = one | {"slots": said["slots"]}
+    return found
+
+
 def settings(source: Source) -> dict[str, Any]:
     """The settings of a source as a tree: its manifest's, or those of a training run."""
     if source.config:

@@ -105,18 +105,16 @@ def share(value: float, score: bool = False) -> str:
 
 
 def markdown(table: Table) -> str:
-    """The table in GitHub's Markdown, its text escaped."""
+    """The table in GitHub's Markdown, its text escaped; smaller lines of a cell are its lines."""
     words = table.left | set(range(table.heads))
     lines = [
         "| " + " | ".join(escaped(name) for name in table.columns) + " |",
         "|" + "|".join("---" if i in words else "---:" for i in range(len(table.columns))) + "|",
     ]
     for row in table.rows:
-        said = [
-            " ".join([one.text, *([f"({one.badge})"] if one.badge else []), *one.below])
-            for one in row
-        ]
-        lines.append("| " + " | ".join(escaped(text) for text in said) + " |")
+        said = [(one.text + (f" ({one.badge})" if one.badge else ""), *one.below) for one in row]
+        shown = ["<br>".join(escaped(part) for part in parts if part) for parts in said]
+        lines.append("| " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
