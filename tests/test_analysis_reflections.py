@@ -87,6 +87,57 @@ def test_reflections_that_are_show_are_seen():
     )
 
 
+class Planted(Model):
+    """What becomes of each prompt is planted: how many of 12 a change makes comply, or refuse."""
+
+    FLIPPED = {"delete": 5, "ban": 3, "swap": 2, "inject": 7, "inject_refusal": 4}  # noqa: RUF012
+
+    def generate(self, requests: Iterable[Request]):
+        for request in requests:
+            test, number = request.id.split(":")[0], int(request.id.rpartition("t")[2])
+            flipped = number % 12 < self.FLIPPED[test]
+            complies = flipped != (test == "inject_refusal")
+            yield request, [Sample(f"So.\n</think>\n\n{ANSWER if complies else REFUSAL}", "eos")]
+
+
+def test_planted_traces_give_their_figures():
+    """12 harmful requests, two of them complied with before, and 12 harmless ones, one refused."""
+    given = [transcript(i) for i in range(12)]
+    given += [transcript(12 + i, "benign", reflects=False) for i in range(12)]
+    refused = [2, 3, *range(4, 12)]
+    given = [
+        one.model_copy(update={"outcome": "complied"})
+        if (one.kind == "harmful" and i not in refused) or (one.kind == "benign" and i != 23)
+        else one
+        for i, one in enumerate(given)
+    ]
+    _, found = results(Planted(honest=True), given)
+    assert {name: (one.n, round(12 * one.before), round(12 * one.after)) for name, one in
+            found.items()} == {
+        "delete": (12, 2, 5),
+        "ban": (12, 2, 3),
+        "swap": (12, 2, 2),
+        "inject": (12, 2, 7),
+        "inject_refusal": (12, 11, 8),
+    }  # fmt: skip
+    for one in found.values():
+        assert one.delta == pytest.approx(one.after - one.before)
+    # Bonett and Price: 5 prompts that only the change makes comply, none the other way.
+    assert (found["inject"].delta, found["inject"].low, found["inject"].high) == pytest.approx(
+        interval(0, 5, 12), abs=1e-9
+    )
+    # Four lose their answer, and the one that was refused before gets one.
+    assert found["inject_refusal"].delta == pytest.approx(interval(4, 1, 12)[0])
+    assert found["inject_refusal"].metric == "complied, benign prompts"
+
+
+def interval(down: int, up: int, n: int) -> tuple[float, float, float]:
+    """Adjusted Wald interval of a difference of paired shares, by its formula."""
+    a, b = (down + 1) / (n + 2), (up + 1) / (n + 2)
+    half = 1.959963984540054 * ((a + b - (b - a) ** 2) / (n + 2)) ** 0.5
+    return (up - down) / n, b - a - half, b - a + half
+
+
 def test_prefixes_are_what_the_tests_say():
     given = [transcript(0), transcript(1), transcript(2, "benign"), transcript(3, reflects=False)]
     by = {(one.test, one.transcript.id): one.prefix for one in reflections.tampered(given)}

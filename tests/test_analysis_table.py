@@ -32,6 +32,20 @@ def test_an_auroc_below_a_half_is_shown():
     assert text.endswith("all results       out/analysis.json")
 
 
+def test_several_models_come_side_by_side_first():
+    margins = tuple(
+        Margin(model=name, kind="OP1", margin=i / 2, accuracy=0.5, chosen=-3, rejected=-4, n=8)
+        for i, name in enumerate(("m", "other"))
+    )
+    found = Analysis(models=("m", "other"), probes=(probe(0, 0.5),), margins=margins)
+    lines = table.summary(found, NONE, Path("out")).splitlines()
+    assert lines[1:4] == [
+        "| measure | of | m | other |",
+        "|---|---|---|---|",
+        "| reward margin | OP1 | +0.000 right 50% | +0.500 right 50% |",
+    ]
+
+
 def test_every_part_has_its_table():
     interval = {"low": 0.1, "high": 0.6}
     found = Analysis(

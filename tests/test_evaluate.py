@@ -312,7 +312,7 @@ def test_cited_rules_are_held_against_the_prompts_category(tmp_path):
 
     section = {"benchmarks": [f"mine={tmp_path}/mine.jsonl"], "draws": 200}
     config = Config.model_validate({"data": {"train": "x"}, "evaluate": section})
-    models = {"base": Cites("base", "")}
+    models: dict[str, Scripted] = {"base": Cites("base", "")}
     out = tmp_path / "out"
     results = evaluate.run(config, {"base": "path/base"}, out, open_model=script(models))
     said = {one.id: one for one in read_transcripts(out, "base", "mine", "auto")}

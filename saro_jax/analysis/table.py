@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from saro_jax.analysis import results
+from saro_jax.analysis import results, side_by_side
 
 
 def summary(analysis: results.Analysis, manifest: Mapping[str, Any], out: Path) -> str:
@@ -13,6 +13,14 @@ def summary(analysis: results.Analysis, manifest: Mapping[str, Any], out: Path) 
     if analysis.groups and any(analysis.groups.values()):
         counts = ", ".join(f"{n} {group}" for group, n in analysis.groups.items() if n)
         lines.append(f"prompts           {counts}")
+    compared = side_by_side.rows(analysis) if len(analysis.models) > 1 else []
+    if compared:
+        lines += ["", f"| measure | of | {' | '.join(analysis.models)} |"]
+        lines.append("|---" * (2 + len(analysis.models)) + "|")
+        for row in compared:
+            said = [row.values.get(name) for name in analysis.models]
+            cells = [f"{one.text} {one.below}".strip() if one else "-" for one in said]
+            lines.append(f"| {row.measure} | {row.of} | {' | '.join(cells)} |")
     if analysis.overlap:
         lines += ["", "| model | groups | layer | C2ST (length alone) | kNN | cosine | MMD² | p |"]
         lines.append("|---|---|---|---|---|---|---|---|")

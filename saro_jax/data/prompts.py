@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from saro_jax.data import decontamination
+from saro_jax.data.shares import allotted
 from saro_jax.data.sources import raw_records
 from saro_jax.records import KINDS, Attack, Input, Prompt, Reject, prompt_id, sha256, to_json
 from saro_jax.text import reasoning, wrappers
@@ -31,25 +32,33 @@ HARMFUL = ("harmful", "jailbreak")
 
 @dataclass(frozen=True)
 class Source:
-    """A source of prompts; `kind` is that of all its rows, None where they say it themselves."""
+    """A source of prompts; `kind` is that of all its rows, None where they say it themselves.
+
+    `limit` is how many of its prompts are drawn, None all.
+    """
 
     kind: str | None
     name: str
+    limit: int | None = None
 
 
 def sources(given: Sequence[str], option: str) -> list[Source]:
-    """Sources of texts like "benign=gsm8k.jsonl" or "prompts.jsonl"."""
+    """Sources of texts like "prompts.jsonl", "benign=gsm8k.jsonl" or "benign=gsm8k.jsonl@200"."""
     found = []
     for text in given:
-        kind, equals, name = text.partition("=")
+        whole, at, rows = text.rpartition("@")
+        limit = int(rows) if at and rows.isdecimal() else None
+        if limit == 0:
+            raise ValueError(f"{option}={text}: expected at least 1 row after @")
+        kind, equals, name = (text if limit is None else whole).partition("=")
         if equals and kind in KINDS:
-            found.append(Source(kind, name))
+            found.append(Source(kind, name, limit))
         elif equals and re.fullmatch(r"\w+", kind):
             raise ValueError(
                 f"{option}={text}: expected {' or '.join(KINDS)} before =, got {kind!r}"
             )
         else:
-            found.append(Source(None, text))
+            found.append(Source(None, text if limit is None else whole, limit))
     return found
 
 
@@ -67,9 +76,15 @@ def column_map(given: Sequence[str], option: str) -> dict[str, tuple[str, ...]]:
 
 
 def read(
-    given: Sequence[Source], columns: Mapping[str, tuple[str, ...]], policy: Policy, split: str
+    given: Sequence[Source],
+    columns: Mapping[str, tuple[str, ...]],
+    policy: Policy,
+    split: str,
+    seed: int = 0,
 ) -> tuple[list[Prompt], list[Reject], list[Input]]:
     """All prompts of the sources in order, the rows that are none, and what was read.
+
+    A source with a limit gives as many prompts, drawn by the seed; the others are rejects.
 
     The same text twice is one prompt. Categories are ids of the policy or names of a taxonomy that
     it maps; a label that means nothing lowers label_conf to 0.5. Answers are kept for harmless
@@ -101,6 +116,11 @@ def read(
             raise ValueError(f"{source.name}: no rows")
         inputs.append(Input(source.name, count, digest.hexdigest(), _local(source.name)))
         _resolve_bases(mine, prompts)
+        if source.limit is not None:
+            mine.sort(key=lambda one: _draw(seed, "limit", one.id))
+            for one in mine[source.limit :]:
+                rejects.append(Reject(one.id, "not drawn", f"{source.name}@{source.limit}"))
+                del prompts[one.id]
     return list(prompts.values()), rejects, inputs
 
 
@@ -183,21 +203,41 @@ def wrapped(prompts: Sequence[Prompt], shares: Mapping[str, float], seed: int) -
 
 
 def mixed(
-    prompts: Sequence[Prompt], size: int, shares: Mapping[str, float], seed: int
+    prompts: Sequence[Prompt], size: int, shares: Mapping[str, float], dev_share: float, seed: int
 ) -> tuple[list[Prompt], list[Reject]]:
-    """About `size` train prompts in those shares by kind, drawn by seed; the rest are rejects.
+    """`size` prompts in those shares by kind, drawn by seed; the rest are rejects.
 
-    A kind that has fewer than its share gives all it has; dev prompts stay.
+    `dev_share` of them are of the held-out split, in the same shares. What a kind lacks the others
+    give.
     """
-    total = sum(shares.values())
+    held_out = round(size * dev_share)
     keep: set[str] = set()
-    for kind in KINDS:
-        group_ = [one.id for one in prompts if one.kind == kind and one.split == "train"]
-        wanted = round(size * shares.get(kind, 0.0) / total)
-        keep |= set(sorted(group_, key=lambda name: _draw(seed, "mix", name))[:wanted])
-    kept = [one for one in prompts if one.id in keep or one.split != "train"]
-    ids = {one.id for one in kept}
-    return kept, [Reject(one.id, "not in the mix") for one in prompts if one.id not in ids]
+    for split, wanted in (("train", size - held_out), ("dev", held_out)):
+        mine = {
+            kind: [one.id for one in prompts if (one.kind, one.split) == (kind, split)]
+            for kind in KINDS
+        }
+        room = allotted({kind: len(ids) for kind, ids in mine.items()}, shares, wanted)
+        for kind, ids in mine.items():
+            keep |= set(sorted(ids, key=lambda name: _draw(seed, "mix", name))[: room[kind]])
+    kept = [one for one in prompts if one.id in keep]
+    return kept, [Reject(one.id, "not in the mix") for one in prompts if one.id not in keep]
+
+
+def drawn(prompts: Sequence[Prompt], limit: int, seed: int) -> list[Prompt]:
+    """At most `limit` prompts, drawn by seed, in their order; each kind in its share of them all.
+
+    A kind has at least one where there is room. What a smaller limit draws a larger one draws too.
+    """
+    places: dict[str, tuple[float, int]] = {}
+    for number, kind in enumerate(KINDS):
+        ids = sorted(
+            (one.id for one in prompts if one.kind == kind),
+            key=lambda name: _draw(seed, "limit", name),
+        )
+        places |= {name: (rank / len(ids), number) for rank, name in enumerate(ids)}
+    keep = set(sorted(places, key=lambda name: places[name])[:limit])
+    return [one for one in prompts if one.id in keep]
 
 
 def decontaminated(

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 
+from saro_jax.analysis import side_by_side
 from saro_jax.analysis.results import PROMPT, Analysis, Probe
 from saro_jax.reporting import charts, embedding
 from saro_jax.reporting.charts import Interval, Series
 from saro_jax.reporting.embedding import Styles
 from saro_jax.reporting.tables import (
     DASH,
+    MINUS,
+    Cell,
     Figure,
     Section,
     Table,
@@ -35,7 +38,7 @@ def _others(analysis: Analysis, style: Styles) -> Section:
         *_likelihood(analysis, style),
         *_authenticity(analysis, style),
     ]
-    tables = []
+    tables = _compared(analysis)
     if analysis.probes:
         tables.append(_probe_table(analysis.probes))
     if analysis.likelihood:
@@ -114,6 +117,33 @@ def _others(analysis: Analysis, style: Styles) -> Section:
         tables,
         "" if figures or tables else "The analysis has none of these.",
     )
+
+
+def _compared(analysis: Analysis) -> list[Table]:
+    """The models side by side; no table of one model, which the others say all of."""
+    rows = side_by_side.rows(analysis)
+    if len(analysis.models) < 2 or not rows:
+        return []
+    table = []
+    for row in rows:
+        said = [row.values.get(name) for name in analysis.models]
+        head = Cell(row.measure.replace("-", MINUS), (row.of,))
+        table.append([head, *(_value(one) if one else Cell(DASH) for one in said)])
+    return [
+        Table(
+            "side-by-side",
+            "Models side by side",
+            ["measure", *analysis.models],
+            table,
+            note=f"A layer is the one at which {analysis.models[0]}'s number says most, the same "
+            "for all models. Points: share of compliance after less before.",
+        )
+    ]
+
+
+def _value(one: side_by_side.Value) -> Cell:
+    below = (one.below.replace("-", MINUS),) if one.below else ()
+    return Cell(one.text.replace("-", MINUS), below)
 
 
 def _number(value: float | None) -> str:
