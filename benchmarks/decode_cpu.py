@@ -17,22 +17,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from harness import SMOLLM2_135M
 from jax import lax
 
 from saro_jax.generation.engine import cast_matrices
 from saro_jax.models import decoder
 from saro_jax.models.architecture import from_hf
 
-SMOLLM2_135M = {
-    "model_type": "llama",
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-}
 STEPS = 6
 
 

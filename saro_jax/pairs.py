@@ -18,6 +18,7 @@ is what the judge of form can see. The same command goes on where an earlier one
 the same inputs, seed and model give the same files.
 """
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,11 +29,12 @@ from tqdm import tqdm
 
 from saro_jax import config as configuration
 from saro_jax import records
-from saro_jax.config import Config, PairsConfig
+from saro_jax.config import Config, ModelConfig, PairsConfig
+from saro_jax.generation import served
 from saro_jax.generation.requests import Generator
 from saro_jax.judging.judges import Judge, open_judge, refusal_judge
-from saro_jax.models import hub
-from saro_jax.pairing import assembly, noise, reward_items, trajectories
+from saro_jax.models import peft
+from saro_jax.pairing import assembly, judges, noise, reward_items, trajectories
 from saro_jax.pairing.outcome_pairs import Choice, outcome_pairs
 from saro_jax.pairing.outcomes import Limits, Outcome, difficulty, outcome, pass_rates
 from saro_jax.pairing.outcomes import report as outcome_report
@@ -113,39 +115,44 @@ def run(
                 f"pairs.traces: trace {trace.id!r} names the prompt {trace.prompt_id!r}, which is "
                 "in none of pairs.prompts"
             )
-    if guard is None and settings.guard is not None:
-        guard = open_judge(settings.guard, GUARD_BATCH, None, config.server, "pairs.guard")
-    tokenizer = tokenizer or chat.load_tokenizer(hub.resolve(config.model.path or "quickstart"))
-    generator = generator or _local(config)
-    stage = Stage(
-        "pairs",
-        # What is read from the tree; the dtype is in the model's hash.
-        settings.model_dump(mode="json", exclude={"slots", "dtype"})
-        | {"judge": guard.name if guard else "form", "judge_version": _judge_version(guard)},
-        inputs,
-        config.seed,
-        policy.version,
-        generator.name,
-        generator.sha,
-    )
-    before = records.finished(stage, out)
-    if before is not None:
-        return before
-    limits = Limits(settings.safe, settings.unsafe)
-    sampler = Sampler(
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        max_new_tokens=settings.max_new_tokens,
-    )
-    key = {
-        "model": generator.name,
-        "sha": generator.sha,
-        "sampler": sampler.model_dump(mode="json"),
-        "seed": config.seed,
-    }
-    name = f"continuations-{records.sha256(records.to_json(key))[:12]}.jsonl"
-    bar = tqdm(unit="request", desc="continuations", disable=not progress)
-    with bar, Journal(out / "journal" / name, key) as journal:
+    with contextlib.ExitStack() as stack:
+        if guard is None and settings.guard is not None:
+            guard = open_judge(settings.guard, GUARD_BATCH, None, config.server, "pairs.guard")
+            stack.callback(guard.close)
+        tokenizer = tokenizer or _tokenizer(config.model)
+        if generator is None:
+            generator = _opened(config)
+            stack.callback(getattr(generator, "close", lambda: None))
+        work = Stage(
+            "pairs",
+            # What is read from the tree; dtype and server are in the model's hash.
+            settings.model_dump(mode="json", exclude={"slots", "dtype", "url"})
+            | {"judge": guard.name if guard else "form", "judge_version": _judge_version(guard)},
+            inputs,
+            config.seed,
+            policy.version,
+            generator.name,
+            generator.sha,
+        )
+        before = records.finished(work, out)
+        if before is not None:
+            return before
+        limits = Limits(settings.safe, settings.unsafe)
+        sampler = Sampler(
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            max_new_tokens=settings.max_new_tokens,
+        )
+        key = {
+            "model": generator.name,
+            "sha": generator.sha,
+            "sampler": sampler.model_dump(mode="json"),
+            "seed": config.seed,
+        }
+        name = f"continuations-{records.sha256(records.to_json(key))[:12]}.jsonl"
+        bar = stack.enter_context(tqdm(unit="request", desc="continuations", disable=not progress))
+        journal = stack.enter_context(Journal(out / "journal" / name, key))
+        asked = guard and judges.kept(guard, stack.enter_context(_verdicts(guard, out)))
         rollouts = Rollouts(
             generator,
             journal,
@@ -153,7 +160,7 @@ def run(
             config.seed,
             limits,
             _bases(prompts),
-            guard,
+            asked,
             lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
             lambda count: (bar.update(count), None)[1],
         )
@@ -165,6 +172,9 @@ def run(
         found = trajectories.process(
             outcomes, rates, taught, policy, rollouts, _plan(settings, config.seed)
         )
+        if isinstance(generator, served.Served):
+            about = generator.api.report()
+            work.run |= {"server": about, "cost": about["cost"]}
     op, first, kept_ids = assembly.checked(op, tokenizer)
     pp, second, more_ids = assembly.checked(found.pairs, tokenizer)
     if flips is not None:
@@ -194,13 +204,16 @@ def run(
         "modes": _counted(found.labels),
     }
     return records.finish(
-        stage,
+        work,
         out,
         shards,
         {
             "pairs.jsonl": [*first, *second, *unused],
             "prompts.jsonl": bare,
             "traces.jsonl": [*invalid, *found.rejects],
+            "requests.jsonl": [
+                Reject(name, f"not drawn: {why}") for name, why in sorted(rollouts.failures.items())
+            ],
         },
         n_in=len(traces),
         n_out=len(pairs),
@@ -209,11 +222,19 @@ def run(
     )
 
 
-def _local(config: Config) -> Generator:
-    """The policy, run here."""
+def _tokenizer(model: ModelConfig) -> Any:
+    """The policy's tokenizer, with the chat template that training will use."""
+    folder, _ = peft.resolve(model.path, model.revision)
+    return chat.load_tokenizer(folder, model.chat_template)
+
+
+def _opened(config: Config) -> Generator:
+    """The policy, run here or behind a server."""
     from saro_jax.generation import local
 
     model = config.model
+    if config.pairs.url is not None:
+        return served.opened(config.pairs.url, config.pairs.served_name, model, config.server)
     return local.load(
         model.path,
         revision=model.revision,
@@ -221,6 +242,13 @@ def _local(config: Config) -> Generator:
         dtype=config.pairs.dtype,
         slots=config.pairs.slots,
     )
+
+
+def _verdicts(guard: Judge, out: Path) -> Journal:
+    """The journal of what a guard said, whatever it was asked for."""
+    key = {"judge": guard.name, "version": guard.version}
+    name = f"verdicts-{records.sha256(records.to_json(key))[:12]}.jsonl"
+    return Journal(out / "journal" / name, key)
 
 
 def judge_says(guard: Judge | None) -> str:

@@ -17,6 +17,7 @@ Each stage lies in its own folder and is skipped where it is complete, so the sa
 a run that was stopped. pipeline.synthesize=false and pipeline.rounds=0 train on data.train instead.
 """
 
+import contextlib
 import gc
 import os
 import sys
@@ -79,6 +80,12 @@ def run(recipe: str, overrides: list[str], out: Path, held_out: str, max_new_tok
             "pipeline.synthesize and pipeline.rounds: data is made by one process; run the stages "
             "one by one, or set pipeline.synthesize=false and pipeline.rounds=0"
         )
+    for name in ("sample", "pairs") if steps.rounds else ():
+        if (url := getattr(configs["srpo"], name).url) is not None:
+            raise ValueError(
+                f"{name}.url={url}: the pipeline draws from the model that it has just trained, "
+                "which no server has yet; run the stages one by one"
+            )
     models: dict[str, str] = {}
 
     def measure(name: str, model: str) -> str:
@@ -161,12 +168,9 @@ def _rolled(config: Config, ritd: Path | None, folder: Path, number: int) -> Non
     _say(f"JUDGMENTS, round {number}")
     # The whole pool has the requests behind the disguises too.
     pool = (ritd or rollouts) / "prompts.jsonl"
-    server = config.server
-    judges = judge.open_judges(config.pipeline.judges, server=server, option="pipeline.judges")
-    rows = judge.read_rows(rollouts / "traces.jsonl", pool)
     judgments = folder / "judgments.jsonl"
-    print(judge.summary(judge.judge(rows, judges, ("answer", "reasoning"), judgments)), flush=True)
-    del judges
+    said = _judged(config, rollouts / "traces.jsonl", pool, judgments)
+    print(judge.summary(said), flush=True)
     _say(f"PAIRS, round {number}")
     config = _with(
         config,
@@ -185,6 +189,18 @@ def _rolled(config: Config, ritd: Path | None, folder: Path, number: int) -> Non
             "prompts alike, or badly; see rejects/ there, and train the warmup longer or take more "
             "prompts"
         )
+
+
+def _judged(config: Config, traces: Path, prompts: Path, out: Path) -> list[judge.Judgment]:
+    """The judgments of pipeline.judges on answers and reasoning; the judges are let go of."""
+    rows = judge.read_rows(traces, prompts)
+    with contextlib.ExitStack() as stack:
+        judges = judge.open_judges(
+            config.pipeline.judges, server=config.server, option="pipeline.judges"
+        )
+        for one in judges:
+            stack.callback(one.close)
+        return judge.judge(rows, judges, ("answer", "reasoning"), out)
 
 
 def _measured(

@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from saro_jax import config as configuration
 from saro_jax import records
 from saro_jax.config import Config, SampleConfig
 from saro_jax.data import prompts as pool
-from saro_jax.generation import local
+from saro_jax.generation import local, served
 from saro_jax.generation.requests import Generator, Request
 from saro_jax.parallel import distributed
 from saro_jax.parallel.mesh import make_mesh
@@ -42,12 +43,12 @@ from saro_jax.records import (
     Stage,
     TokenCounts,
     Trace,
-    TraceStep,
 )
 from saro_jax.text import policy as policies
 from saro_jax.text import reasoning
+from saro_jax.text.traces import decided, trace_steps
 
-UNREAD = ("slots", "dtype")  # settings of speed; dtype is in the model's hash
+UNREAD = ("slots", "dtype", "url")  # settings of speed and place; dtype is in the model's hash
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,9 +88,25 @@ def run(
     `generator` opens the model; None = that of the config. ValueError, in one line, for wrong
     inputs.
     """
-    settings = config.sample
-    prompts, rejects, inputs = read(settings)
+    prompts, rejects, inputs = read(config.sample, config.seed)
     model = generator() if generator else opened(config)
+    try:
+        return _sampled(config, out, model, prompts, rejects, inputs, progress)
+    finally:
+        getattr(model, "close", lambda: None)()
+
+
+def _sampled(
+    config: Config,
+    out: Path,
+    model: Generator,
+    prompts: Sequence[Prompt],
+    rejects: list[Reject],
+    inputs: list[Input],
+    progress: bool,
+) -> dict[str, Any]:
+    """The manifest of what the model answers."""
+    settings = config.sample
     stage = Stage(
         "sample",
         settings.model_dump(mode="json", exclude=set(UNREAD)),
@@ -106,47 +123,58 @@ def run(
     distributed.same("the prompts", records.sha256(records.to_json([one.id for one in prompts])))
     asked = {one.id: request(one, settings, config.seed) for one in prompts}
     refused = _refused(model, asked)
-    rejects += [Reject(name, reason) for name, reason in refused.items()]
     wanted = [one.id for one in prompts if one.id not in refused]
     started = time.time()
-    replies, tokens = _ask(model, [asked[name] for name in wanted], stage, out, progress)
+    drawn = _ask(model, [asked[name] for name in wanted], stage, out, progress)
+    replies, tokens = drawn.replies, drawn.tokens
+    refused |= {name: f"no answer: {why}" for name, why in drawn.failures.items()}
+    rejects = [*rejects, *(Reject(one.id, refused[one.id]) for one in prompts if one.id in refused)]
     stage.run |= {"new_tokens": tokens, "tokens_per_s": round(tokens / (time.time() - started), 1)}
+    if isinstance(model, served.Served):
+        stage.run |= {"server": model.api.report(), "cost": model.api.report()["cost"]}
     count = getattr(model, "count", lambda text: None)
-    traces = [
-        trace(one, asked[one.id], i, reply, model, count)
-        for one in prompts
-        for i, reply in enumerate(replies.get(one.id, []))
-    ]
+    traces: list[Trace] = []
+    withheld: list[Reject] = []
+    for one in prompts:
+        for i, reply in enumerate(replies.get(one.id, [])):
+            if reply["finish"] == "filter":
+                name = records.content_id(one.id, model.name, asked[one.id].sampler.seed, i)
+                withheld.append(Reject(name, "filter: withheld by the server", record=reply))
+            else:
+                traces.append(trace(one, asked[one.id], i, reply, model, count))
     if not distributed.writes():
         return {"n_out": len(traces)}
-    kept = [one for one in prompts if one.id in replies]
+    kept = [one for one in prompts if replies.get(one.id)]
     return records.finish(
         stage,
         out,
         {"traces.jsonl": traces, "prompts.jsonl": kept},
-        {"prompts.jsonl": rejects},
+        {"prompts.jsonl": rejects} | ({"traces.jsonl": withheld} if withheld else {}),
         n_in=sum(one.rows for one in inputs),
         n_out=len(traces),
         report=report(kept, traces),
     )
 
 
-def opened(config: Config) -> local.Local:
-    """The model of the config, on the devices of this process."""
+def opened(config: Config) -> local.Local | served.Served:
+    """The model of the config, on the devices of this process or behind a server."""
+    settings = config.sample
+    if settings.url is not None:
+        return served.opened(settings.url, settings.served_name, config.model, config.server)
     devices = jax.local_devices()
     mesh = make_mesh(**dict(config.mesh), devices=devices)
     return local.load(
         config.model.path,
         revision=config.model.revision,
         chat_template=config.model.chat_template,
-        dtype=config.sample.dtype,
-        slots=config.sample.slots,
+        dtype=settings.dtype,
+        slots=settings.slots,
         mesh=mesh if len(devices) > 1 else None,
     )
 
 
-def read(settings: SampleConfig) -> tuple[list[Prompt], list[Reject], list[Input]]:
-    """The prompts of sample.prompts, rows that are none, and what was read."""
+def read(settings: SampleConfig, seed: int) -> tuple[list[Prompt], list[Reject], list[Input]]:
+    """The prompts of sample.prompts, rows that are none or not drawn, and what was read."""
     names = configuration.names(settings.prompts)
     policy = policies.load(settings.policy)
     columns = pool.column_map(configuration.names(settings.columns), "--sample.columns")
@@ -177,8 +205,9 @@ def read(settings: SampleConfig) -> tuple[list[Prompt], list[Reject], list[Input
         raise ValueError(f"--sample.prompts={','.join(names)}: no prompts")
     prompts = list(found.values())
     if settings.limit is not None:
-        rejects += [Reject(one.id, "limit: past sample.limit") for one in prompts[settings.limit :]]
-        prompts = prompts[: settings.limit]
+        prompts = pool.drawn(prompts, settings.limit, seed)
+        kept = {one.id for one in prompts}
+        rejects += [Reject(name, "limit: not drawn") for name in found if name not in kept]
     return prompts, rejects, inputs
 
 
@@ -224,15 +253,26 @@ def _refused(model: Generator, asked: Mapping[str, Request]) -> dict[str, str]:
     return found
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Replies by prompt, those of earlier runs too; tokens that are new; why some are missing."""
+
+    replies: dict[str, list[dict[str, Any]]]
+    tokens: int
+    failures: dict[str, str]
+
+
 def _ask(
     model: Generator, asked: Sequence[Request], stage: Stage, out: Path, progress: bool
-) -> tuple[dict[str, list[dict[str, Any]]], int]:
-    """The replies to all requests, those of earlier runs from the journal; tokens that are new."""
+) -> Drawn:
+    """What all requests came to; a server's failures are asked for again by the next run."""
     mine = asked[distributed.index() :: distributed.count()]
     key = stage.key() | {"processes": distributed.count()}
     ending = f"-{distributed.index()}" if distributed.several() else ""
     name = f"samples-{records.sha256(records.to_json(key))[:12]}{ending}.jsonl"
     tokens = 0
+    partial: dict[str, list[dict[str, Any]]] = {}
+    failures: Mapping[str, str] = getattr(model, "failures", {})
     bar = tqdm(
         total=len(mine),
         unit="prompt",
@@ -244,17 +284,30 @@ def _ask(
         bar.update(len(mine) - len(todo))
         started = time.time()
         for one, samples in model.generate(_longest_first(model, todo)):
-            journal.append(one.id, [_reply(sample) for sample in samples])
+            found = [_reply(sample) for sample in samples]
+            if one.id in failures:
+                partial[one.id] = found
+            else:
+                journal.append(one.id, found)
             tokens += sum(sample.tokens or 0 for sample in samples)
             bar.set_postfix_str(f"{tokens / (time.time() - started):.0f} tokens/s")
             bar.update(1)
-        found = {one.id: journal.values[one.id] for one in mine}
+        kept = journal.values
+        replies = partial | {one.id: kept[one.id] for one in mine if one.id in kept}
+    drawn = Drawn(replies, tokens, {name: failures[name] for name in partial})
     if distributed.several():
-        texts = distributed.gather("samples", json.dumps([found, tokens]))
-        parts = [json.loads(text) for text in texts]
-        found = {name: replies for part, _ in parts for name, replies in part.items()}
-        tokens = sum(number for _, number in parts)
-    return found, tokens
+        parts = [
+            Drawn(**json.loads(text))
+            for text in distributed.gather("samples", json.dumps(vars(drawn)))
+        ]
+        drawn = Drawn(
+            {name: replies for part in parts for name, replies in part.replies.items()},
+            sum(part.tokens for part in parts),
+            {name: why for part in parts for name, why in part.failures.items()},
+        )
+    if drawn.failures and not any(drawn.replies.values()):
+        raise ValueError(f"{model.name}: no request succeeded: {min(drawn.failures.values())}")
+    return drawn
 
 
 def _longest_first(model: Generator, requests: list[Request]) -> Iterator[Request]:
@@ -291,7 +344,6 @@ def trace(
         finished=reply["finish"] != "length",
         prefilled_open="<think>" in prefill,
     )
-    decided = reasoning.decision(parsed.reasoning)
     answer = count(parsed.answer)
     if answer is not None and reply["tokens"] is not None:
         answer = min(answer, reply["tokens"])  # tokenised again, a part can come out longer
@@ -309,11 +361,8 @@ def trace(
         sampler=asked.sampler,
         raw=raw,
         parsed=Parsed(**vars(parsed)),
-        steps=tuple(
-            TraceStep(i=at, start_char=s.start, end_char=s.end, text=s.text, kind=s.kind)
-            for at, s in enumerate(reasoning.segment(parsed.reasoning))
-        ),
-        decision=decided if decided in records.MODES else "none",
+        steps=trace_steps(parsed.reasoning),
+        decision=decided(parsed.reasoning),
         n_tok=TokenCounts(prompt=reply["prompt_tokens"], reason=thought, answer=answer),
         tokenizer_sha=getattr(model, "tokenizer_sha", None),
         finish=reply["finish"],
@@ -329,7 +378,11 @@ def report(prompts: Sequence[Prompt], traces: Sequence[Trace]) -> dict[str, Any]
         mine = [one for one in traces if kinds[one.prompt_id] == kind]
         if not mine:
             continue
-        tokens = [len(one.meta["ids"]) for one in mine if "ids" in one.meta]
+        tokens = [
+            one.n_tok.reason + one.n_tok.answer
+            for one in mine
+            if one.n_tok.reason is not None and one.n_tok.answer is not None
+        ]
         table[kind] = {
             "prompts": sum(one.kind == kind for one in prompts),
             "samples": len(mine),

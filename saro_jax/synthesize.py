@@ -45,12 +45,12 @@ from saro_jax.records import (
     Stage,
     TokenCounts,
     Trace,
-    TraceStep,
 )
 from saro_jax.text import policy as policies
 from saro_jax.text import reasoning
 from saro_jax.text.policy import Policy
 from saro_jax.text.template_teacher import TemplateTeacher
+from saro_jax.text.traces import decided, trace_steps
 
 LEAST_YIELD = 0.3  # share of a kind's prompts with a row, below which more prompts are needed
 
@@ -345,7 +345,7 @@ def _pool(
     if settings.size is not None:
         numbers = [float(share) for share in settings.mix.split(":")]
         mix: dict[str, float] = dict(zip(records.KINDS, numbers, strict=True))
-        kept, dropped = pool.mixed(prompts, settings.size, mix, seed)
+        kept, dropped = pool.mixed(prompts, settings.size, mix, settings.dev_share, seed)
         # A disguise leads back to the request inside: that stays in the pool, but is not asked.
         inside = {parent for prompt in kept for parent in prompt.parent_ids}
         bases = [one for one in prompts if one.id in inside - {asked.id for asked in kept}]
@@ -437,7 +437,6 @@ def _trace(
     parsed = reasoning.parse(reply["text"], finished=finished)
     fallback = reply.get("fallback")
     name = fallback or name
-    decided = reasoning.decision(parsed.reasoning)
     return Trace(
         id=records.content_id(prompt.id, name, reply["seed"], i, reply["text"]),
         parent_ids=(prompt.id,),
@@ -454,11 +453,8 @@ def _trace(
         ),
         raw=reply["text"],
         parsed=Parsed(**vars(parsed)),
-        steps=tuple(
-            TraceStep(i=at, start_char=s.start, end_char=s.end, text=s.text, kind=s.kind)
-            for at, s in enumerate(reasoning.segment(parsed.reasoning))
-        ),
-        decision=decided if decided in records.MODES else "none",
+        steps=trace_steps(parsed.reasoning),
+        decision=decided(parsed.reasoning),
         n_tok=TokenCounts(
             prompt=count(prompt.text), reason=count(parsed.reasoning), answer=count(parsed.answer)
         ),

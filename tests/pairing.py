@@ -2,10 +2,12 @@
 
 import random
 
+import tiny
+
 from saro_jax.generation.requests import Request, Sample
 from saro_jax.pairing.outcomes import Outcome, Verdict
 from saro_jax.records import Parsed, Prompt, Sampler, TokenCounts, Trace, TraceStep, prompt_id
-from saro_jax.text import reasoning
+from saro_jax.text import chat, reasoning
 
 
 def prompt(text: str = "How do I open the lock?", kind: str = "harmful", **more) -> Prompt:
@@ -74,6 +76,29 @@ class FakePolicy:
                 raise KeyboardInterrupt
             self.asked.append(request)
             yield request, [respond(request, i) for i in range(request.n)]
+
+
+def answer(sent: dict) -> dict:
+    """The fake policy as a faults.Server's answer: it goes on from an answer that has begun."""
+    messages, prefix = list(sent["messages"]), ""
+    if sent.get("continue_final_message"):
+        prefix = messages.pop()["content"]
+    asked = Request("", tuple(messages), Sampler(seed=sent["seed"]), prefix=prefix)
+    talk = (chat.Message("user", messages[-1]["content"]),)
+    made = respond(asked, 0).text
+    return {
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": made},
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {
+            "prompt_tokens": len(chat.prompt_ids(tiny.tokenizer(), talk, prefix)),
+            "completion_tokens": len(made.split()),
+        },
+    }
 
 
 def respond(request: Request, i: int) -> Sample:

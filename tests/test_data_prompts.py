@@ -162,15 +162,43 @@ def test_disguises_of_harmful_and_harmless_prompts():
     assert pool.wrapped(made, {"jailbreak": 1, "borderline": 1}, 0) == []
 
 
-def test_the_mix_takes_its_shares_of_each_kind():
-    every = [one for kind in KINDS for one in some(40, kind)]
-    shares = {"harmful": 25, "jailbreak": 25, "benign": 30, "borderline": 20}
-    kept, rejects = pool.mixed(every, 100, shares, 0)
-    assert [sum(one.kind == kind for one in kept) for kind in KINDS] == [25, 25, 30, 20]
-    assert len(rejects) == 60 and {one.reason for one in rejects} == {"not in the mix"}
+MIX = {"harmful": 25, "jailbreak": 25, "benign": 30, "borderline": 20}
+
+
+def test_the_mix_takes_its_shares_of_each_kind_and_of_what_is_held_out():
+    every = pool.split_groups([one for kind in KINDS for one in some(60, kind)], 0.5, 0)
+    kept, rejects = pool.mixed(every, 100, MIX, 0.2, 0)
+    by_split = {
+        split: [sum((one.kind, one.split) == (kind, split) for one in kept) for kind in KINDS]
+        for split in ("train", "dev")
+    }
+    assert by_split == {"train": [20, 20, 24, 16], "dev": [5, 5, 6, 4]}
+    assert len(rejects) == 140 and {one.reason for one in rejects} == {"not in the mix"}
     assert [one for one in every if one in kept] == kept
-    more, _ = pool.mixed(every, 1000, shares, 0)
-    assert len(more) == 160
+    assert {one.id for one in kept} != {one.id for one in pool.mixed(every, 100, MIX, 0.2, 1)[0]}
+    assert len(pool.mixed(every, 1000, MIX, 0.5, 0)[0]) == 240
+
+
+def test_what_a_kind_lacks_in_the_mix_the_others_give():
+    every = [*some(60), *some(60, "jailbreak"), *some(3, "benign")]
+    kept, _ = pool.mixed(every, 103, MIX, 0.0, 0)
+    assert [sum(one.kind == kind for one in kept) for kind in KINDS] == [50, 50, 3, 0]
+
+
+def test_a_limit_draws_of_every_kind_by_its_share():
+    every = [*some(80), *some(15, "benign"), *some(5, "borderline")]
+    for limit in (20, 40):
+        kept = pool.drawn(every, limit, 0)
+        counts = [sum(one.kind == kind for one in kept) for kind in KINDS]
+        assert counts == [limit * 0.8, 0, limit * 0.15, limit * 0.05]
+        assert [one for one in every if one in kept] == kept
+    assert {one.kind for one in pool.drawn(every, 3, 0)} == {"harmful", "benign", "borderline"}
+    smaller = {one.id for one in pool.drawn(every, 13, 0)}
+    assert smaller < {one.id for one in pool.drawn(every, 14, 0)} and len(smaller) == 13
+    assert smaller != {one.id for one in pool.drawn(every, 13, 1)}
+    shuffled = pool.drawn(every[::-1], 13, 0)
+    assert {one.id for one in shuffled} == smaller  # by the prompts, not by their order
+    assert pool.drawn(every, 1000, 0) == every
 
 
 def test_near_duplicates_of_one_kind_go():

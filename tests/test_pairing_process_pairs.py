@@ -67,13 +67,23 @@ def test_a_reflection_that_does_not_help_is_no_pair(change, reason):
 
 def test_ppb_prefers_the_early_reflection():
     late = Site(BAD, 3, "values")
-    made = process_pairs.early_or_late(SITE, mended(), late, mended(late), LIMITS)
+    made = process_pairs.early_or_late(SITE, mended(), late, mended(late), LIMITS, WORTH)
     assert not isinstance(made, str) and made.prefix == SITE.prefix
     assert made.prefix + made.rejected == late.prefix + TEXT and made.chosen == TEXT
     near = Site(BAD, 2, "values")
-    assert process_pairs.early_or_late(SITE, mended(), near, mended(near), LIMITS) == (
+    assert process_pairs.early_or_late(SITE, mended(), near, mended(near), LIMITS, WORTH) == (
         "late: no room for two steps between"
     )
+
+
+def test_ppb_wants_a_valued_reflection_and_two_good_ends():
+    late = Site(BAD, 3, "values")
+    weak = mended(value=0.5)
+    made = process_pairs.early_or_late(SITE, weak, late, mended(late), LIMITS, WORTH)
+    assert made == "value: 0.5 after the reflection, allowed from 0.75"
+    bad = mended(late, p=0.9)
+    made = process_pairs.early_or_late(SITE, mended(), late, bad, LIMITS, WORTH)
+    assert made == "late: the late reflection does not end well"
 
 
 @pytest.mark.parametrize(("number", "sort"), [(0, "generic"), (1, "wrong_rule"), (2, "unkept")])

@@ -1,12 +1,18 @@
 """The stage of pairs, with a fake policy: every kind, files, resuming, bad input, lineage."""
 
+import contextlib
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import faults
 import pairing
 import pytest
 import tiny
+from faults import Server
 
 from saro_jax import config as configuration
 from saro_jax import pairs as stage
@@ -69,11 +75,11 @@ def files(tmp_path_factory) -> dict[str, Path]:
     return found
 
 
-def config(files: dict[str, Path], **more: Any):
+def config(files: dict[str, Path], *others: str, **more: Any):
     given = {"traces": files["traces"], "prompts": files["prompts"], "ritd": files["ritd"]}
     given |= {"floor": 3, "injected": 1.0, "rollouts": 4, "search": 8, **more}
     flags = [f"--pairs.{key}={value}" for key, value in given.items() if value is not None]
-    return configuration.load("quickstart", [*flags, "--data.train=x"], "srpo")
+    return configuration.load("quickstart", [*flags, *others, "--data.train=x"], "srpo")
 
 
 def run(files, out, fake=None, **more) -> dict[str, Any]:
@@ -201,12 +207,14 @@ def test_a_pair_leads_back_to_prompt_model_and_policy(made, capsys):
 
 # What changes when a setting does; `traces`, `prompts`, `ritd` are the inputs themselves.
 CHANGES: dict[str, Any] = {
-    "policy": None,  # below: a changed document
+    "policy": None,
     "judgments": None,
     "negatives": None,
     "off_policy": None,
     "guard": None,
     "audit": None,
+    "url": None,
+    "served_name": None,
     "size": 4,
     "quotas": {"size": 4, "quotas": "1:0:0:0"},
     "mix": {"size": 4, "mix": "1:0:0:0:0:0:0"},
@@ -235,6 +243,7 @@ CHANGES: dict[str, Any] = {
 
 
 def test_every_setting_is_perturbed():
+    # Where a value is None, and these: tests of their own, below.
     apart = {"traces", "prompts", "ritd", "slots", "dtype"}
     assert set(CHANGES) | apart == set(PairsConfig.model_fields)
 
@@ -243,14 +252,17 @@ def test_the_policy_is_opened_as_the_settings_say(files, monkeypatch):
     asked = {}
     monkeypatch.setattr(local, "load", lambda path, **more: asked.update(more, path=path))
     more = config(files, slots=3, dtype="bfloat16")
-    stage._local(more.model_copy(update={"model": more.model.model_copy(update={"path": "m"})}))
+    stage._opened(more.model_copy(update={"model": more.model.model_copy(update={"path": "m"})}))
     assert (asked["path"], asked["slots"], asked["dtype"]) == ("m", 3, "bfloat16")
 
 
-def test_given_judgments_negatives_an_audit_and_another_policy_are_read(files, made, tmp_path):
+@pytest.fixture(scope="module")
+def given(files, tmp_path_factory) -> dict[str, Path]:
+    """Judgments that call all answers safe, another model's rollouts, an audit, another policy."""
+    folder = tmp_path_factory.mktemp("given")
     traces = records.read(files["traces"], Trace)
     kinds = {prompt.id: prompt.kind for prompt in PROMPTS}
-    given = [
+    judged = [
         Judgment(
             id=f"j{i}",
             trace_id=one.id,
@@ -263,22 +275,136 @@ def test_given_judgments_negatives_an_audit_and_another_policy_are_read(files, m
         if kinds[one.prompt_id] in ("harmful", "jailbreak")
     ]
     foreign = [one.model_copy(update={"id": f"f{one.id}"}) for one in traces]
-    records.write(tmp_path / "judgments.jsonl", given)
-    records.write(tmp_path / "negatives.jsonl", foreign)
+    records.write(folder / "judgments.jsonl", judged)
+    records.write(folder / "negatives.jsonl", foreign)
     audit = [{"judged": "safe", "human": "unsafe"}, {"judged": "unsafe", "human": "unsafe"}]
-    records.write_lines(tmp_path / "audit.jsonl", map(json.dumps, audit))
+    records.write_lines(folder / "audit.jsonl", map(json.dumps, audit))
     text = policies.policy_path("saro").read_text(encoding="utf-8")
-    (tmp_path / "own.yaml").write_text(text.replace("1.0.0", "9.9.9", 1), encoding="utf-8")
-    more = {name: tmp_path / f"{name}.jsonl" for name in ("judgments", "negatives", "audit")}
-    out, extra = tmp_path / "out", {"policy": tmp_path / "own.yaml", "off_policy": 0.5}
-    manifest = run(files, out, **more, **extra)
+    text = text.replace("version: 1.0.0", "version: 9.9.9").replace("P3.R1", "P3.R9")
+    (folder / "policy.yaml").write_text(text, encoding="utf-8")
+    names = ("judgments.jsonl", "negatives.jsonl", "audit.jsonl", "policy.yaml")
+    return {name.partition(".")[0]: folder / name for name in names}
+
+
+def of_kind(out: Path, *kinds: str) -> list[Pref]:
+    return [one for one in records.read(out / "pairs.jsonl", Pref) if one.kind in kinds]
+
+
+def test_another_policy_is_cited(files, made, given, tmp_path):
+    manifest = run(files, tmp_path, policy=given["policy"])
     assert manifest["policy_version"].startswith("9.9.9")
-    kinds_found = manifest["report"]["kinds"]
-    # All is safe, so that the bad answers are the other model's.
-    assert "OP3" in kinds_found and "OP1" not in kinds_found
-    for pair in records.read(out / "pairs.jsonl", Pref):
-        if pair.kind == "OP3":
-            assert pair.noise == pytest.approx((2 / 3 + 1 / 3) / 2 - 0.01, abs=0.011)
+    reflected = of_kind(tmp_path, "PPE")
+    assert reflected and all("P3.R9" in pair.chosen for pair in reflected)
+    assert not any("P3.R9" in pair.chosen for pair in of_kind(made[0], "PPE"))
+
+
+def test_given_judgments_count_instead_of_our_own(files, made, given, tmp_path):
+    kinds = run(files, tmp_path, judgments=given["judgments"])["report"]["kinds"]
+    assert "OP1" in made[1]["report"]["kinds"] and not {"OP1", "PPA", "OP3"} & set(kinds)
+
+
+def test_negatives_are_rejected_where_the_policy_gives_none(files, given, tmp_path):
+    # Of ten harmful prompts and jailbreaks; lengths are not looked at.
+    more = {name: given[name] for name in ("judgments", "negatives")} | {"balance": 3.0}
+    kinds = run(files, tmp_path, **more, off_policy=0.5)["report"]["kinds"]
+    assert "OP1" not in kinds
+    assert all(pair.weight == 0.5 for pair in of_kind(tmp_path, "OP3"))
+    fewer = run(files, tmp_path / "fewer", **more)["report"]["kinds"]
+    assert 0 < fewer["OP3"]["pairs"] < kinds["OP3"]["pairs"]
+
+
+def test_an_audit_says_how_noisy_pairs_are(files, made, given, tmp_path):
+    run(files, tmp_path, audit=given["audit"])
+    kinds = ("OP1", "PPA", "OP4")
+    ours = {pair.id: pair for pair in of_kind(tmp_path, *kinds)}
+    theirs = {pair.id: pair for pair in of_kind(made[0], *kinds)}
+    assert set(ours) == set(theirs)
+    for name, pair in ours.items():
+        if pair.kind == "OP4":
+            assert pair == theirs[name]
+        else:  # a = 2/3 and b = 1/3 out of one row each
+            assert pair.noise == 0.49 != theirs[name].noise
+
+
+def test_the_guard_of_the_settings_is_asked(files, made, tmp_path, monkeypatch):
+    opened: list[tuple[Any, ...]] = []
+
+    def say(pairs):
+        return [{"label": "unsafe", "score": 1.0} for _ in pairs]
+
+    def open_(*asked):
+        opened.append(asked)
+        return Judge("guard", "v1", ("answer",), False, say)
+
+    monkeypatch.setattr(stage, "open_judge", open_)
+    kinds = run(files, tmp_path, guard="llama_guard_3=x")["report"]["kinds"]
+    assert opened[0][0] == "llama_guard_3=x" and "OP2" in kinds and "OP1" not in kinds
+
+
+# ---- behind a server -----------------------------------------------------------------------------
+
+
+def served(files, server: Server, folder: Path, **more: Any):
+    flags = [
+        f"--model.path={tiny.folder() / 'model'}",
+        f"--server.cache={folder / 'replies.sqlite'}",
+        "--server.backoff=0.01",
+    ]
+    return config(files, *flags, url=server.url, **more)
+
+
+def test_continuations_of_a_server_that_fails_and_is_killed(files, tmp_path, monkeypatch):
+    with Server(answer=pairing.answer) as server:
+        straight = stage.run(served(files, server, tmp_path / "a"), tmp_path / "straight")
+        asked = server.delivered.total()
+    assert asked == len(server.delivered) and len(straight["report"]["kinds"]) >= 8
+    assert straight["run"]["server"]["replies"] == asked
+    (model,) = {one.model for one in records.read(tmp_path / "straight/traces.jsonl", Trace)} - {
+        "template"
+    }
+    assert model == str(tiny.folder() / "model")
+
+    generate, stops = stage.served.Served.generate, [30, 20, 10]
+
+    def interrupted(self, requests):
+        for number, one in enumerate(generate(self, requests)):
+            yield one
+            if stops and number >= stops[0]:
+                stops.pop(0)
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage.served.Served, "generate", interrupted)
+
+    def plan(sent):  # a tenth of the requests
+        return ["500", "cut"] if int(faults.key(sent), 16) % 10 == 0 else []
+
+    with Server(plan, pairing.answer) as server:
+        while stops:
+            with pytest.raises(KeyboardInterrupt):
+                stage.run(served(files, server, tmp_path / "b"), tmp_path / "killed")
+        stage.run(served(files, server, tmp_path / "b"), tmp_path / "killed")
+        assert server.delivered.total() == len(server.delivered) == asked
+    assert outputs(tmp_path / "killed") == outputs(tmp_path / "straight")
+
+
+def test_a_server_is_asked_for_the_model_by_its_name_there(files, tmp_path):
+    with Server(answer=pairing.answer) as server:
+        given = served(files, server, tmp_path, served_name="policy", modes=False, injected=0.0)
+        stage.run(given, tmp_path / "out")
+        assert {body["model"] for body in server.bodies} == {"policy"}
+
+
+def test_a_server_that_begins_a_new_turn_is_refused_before_it_is_paid(files, tmp_path):
+    def ignoring(sent):
+        made = pairing.answer(sent)
+        made["usage"]["prompt_tokens"] += 4 * bool(sent.get("continue_final_message"))
+        return made
+
+    with Server(answer=ignoring) as server:
+        with pytest.raises(ValueError, match="the server does not go on from it"):
+            stage.run(served(files, server, tmp_path), tmp_path / "out")
+        assert server.delivered.total() == 2
+    assert not (tmp_path / "out" / "pairs.jsonl").exists()
 
 
 def test_a_guard_judges_continuations_with_the_bare_request_too(files, tmp_path):
@@ -298,6 +424,44 @@ def test_a_guard_judges_continuations_with_the_bare_request_too(files, tmp_path)
     assert not {"OP1", "OP2", "PPA"} & set(manifest["report"]["kinds"])
 
 
+def test_a_guard_is_asked_nothing_twice(files, tmp_path, monkeypatch):
+    """Whole chunks, each once, wherever it was stopped; the judge that was opened is closed."""
+    monkeypatch.setattr(stage.judges, "CHUNK", 16)
+    asked: list[tuple[tuple[str, str], ...]] = []
+    closed: list[bool] = []
+
+    def guard(stop: int | None) -> Judge:
+        def say(pairs):
+            if stop is not None and len(asked) >= stop:
+                raise KeyboardInterrupt
+            asked.append(tuple(pairs))
+            return [{"label": "safe", "score": 0.0} for _ in pairs]
+
+        close = lambda: closed.append(True)  # noqa: E731
+        return Judge("guard", "v1", ("answer", "reasoning"), True, say, True, close)
+
+    given = config(files, guard="guard=x", ritd=None)
+    for stop in (2, 7, None):
+        monkeypatch.setattr(stage, "open_judge", lambda *_, stop=stop: guard(stop))
+        with pytest.raises(KeyboardInterrupt) if stop else contextlib.nullcontext():
+            stage.run(
+                given,
+                tmp_path / "killed",
+                generator=pairing.FakePolicy(),
+                tokenizer=tiny.tokenizer(),
+            )
+    assert len(asked) == len(set(asked)) > 7 and len(closed) == 3
+    straight = guard(None)
+    stage.run(
+        given,
+        tmp_path / "straight",
+        generator=pairing.FakePolicy(),
+        guard=straight,
+        tokenizer=tiny.tokenizer(),
+    )
+    assert outputs(tmp_path / "killed") == outputs(tmp_path / "straight")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -310,6 +474,8 @@ def test_a_guard_judges_continuations_with_the_bare_request_too(files, tmp_path)
         (["--pairs.quotas=1:1:1:1"], "has no meaning with pairs.size=null"),
         (["--pairs.safe=0.9"], "pairs.safe=0.9 is more than pairs.unsafe=0.8"),
         (["--pairs.off_policy=0.1"], "has no meaning with pairs.negatives=null"),
+        (["--pairs.served_name=x"], "pairs.served_name=x needs pairs.url"),
+        (["--pairs.url=http://127.0.0.1:9/v1"], "pairs.url needs pairs.served_name or model.path"),
         (["--pairs.guard=nobody"], "pairs.guard: 'nobody'; allowed:"),
     ],
 )
@@ -338,9 +504,44 @@ def test_every_setting_changes_something(key, files, made, tmp_path):
         assert sum(request.messages[0]["role"] == "system" for request in policy.asked) > 5
         return
     if key in ("temperature", "top_p", "max_new_tokens"):
-        assert {repr(getattr(one.sampler, key)) for one in policy.asked} == {repr(value)}
+        assert policy.asked and all(getattr(r.sampler, key) == value for r in policy.asked)
         return
     ours, theirs = outputs(tmp_path), outputs(out)
     assert ours["pairs.jsonl"] != theirs["pairs.jsonl"] or (
         ours["prompts.json"] != theirs["prompts.json"]
     )
+
+
+@pytest.mark.slow
+def test_killed_anywhere_with_the_real_engine(files, tmp_path):
+    """Whatever the slots: what is kept are tokens, which a CPU draws alike in any company."""
+
+    def command(out: Path, slots: int) -> list[str]:
+        given = {name: files[name] for name in ("traces", "prompts", "ritd")}
+        given |= {"rollouts": 2, "search": 2, "injected": 1.0, "floor": 3, "max_new_tokens": 12}
+        # So that reflections of a random model make pairs too.
+        given |= {"value": 0.0, "drop": 0.0, "slots": slots}
+        flags = [f"--pairs.{key}={value}" for key, value in given.items()]
+        config = f"--config={tiny.folder() / 'recipe.yaml'}"
+        return [sys.executable, "-m", "saro_jax.pairs", config, f"--out={out}", *flags]
+
+    subprocess.run(command(tmp_path / "straight", 4), check=True, stdout=subprocess.DEVNULL)
+    straight = records.read_manifest(tmp_path / "straight" / "manifest.json")
+    assert {"OP1", "OP4", "PPA", "PPD", "PPE"} <= set(straight["report"]["kinds"])
+    assert straight["report"]["step_values"] > 20
+    journal, kills = tmp_path / "killed" / "journal", 0
+
+    def size() -> int:
+        return sum(f.stat().st_size for f in journal.glob("*")) if journal.exists() else 0
+
+    for slots in (4, 3, 7, 16):
+        process = subprocess.Popen(command(tmp_path / "killed", slots), stdout=subprocess.DEVNULL)
+        before = size()
+        while process.poll() is None and slots != 16:
+            if size() > before + 20_000:
+                process.kill()
+                kills += 1
+            time.sleep(0.01)
+        process.wait()
+    assert kills == 3 and process.returncode == 0
+    assert outputs(tmp_path / "killed") == outputs(tmp_path / "straight")

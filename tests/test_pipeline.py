@@ -1,5 +1,6 @@
 """The pipeline: order of the stages, what they read of each other, rounds, stopping, the table."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,8 @@ def seen(monkeypatch, tmp_path) -> list[tuple[Any, ...]]:
     monkeypatch.setattr(train, "run", trained)
     monkeypatch.setattr(pipeline.evaluate, "run", measured)
     monkeypatch.setattr(sample, "opened", policy)
-    monkeypatch.setattr(pairs, "_local", policy)
-    monkeypatch.setattr(pairs.hub, "resolve", lambda path: path)
-    monkeypatch.setattr(pairs.chat, "load_tokenizer", lambda folder: tiny.tokenizer())
+    monkeypatch.setattr(pairs, "_opened", policy)
+    monkeypatch.setattr(pairs, "_tokenizer", lambda model: tiny.tokenizer())
     return calls
 
 
@@ -202,6 +202,27 @@ def test_every_setting_is_tried():
 def test_a_wrong_judge_is_named(recipe, seen):
     with pytest.raises(ValueError, match=r"pipeline\.judges: 'nobody'; allowed: refusal"):
         run(recipe, "--pipeline.judges=nobody")
+
+
+@pytest.mark.parametrize("name", ["sample", "pairs"])
+def test_a_server_cannot_have_what_is_being_trained(recipe, seen, name):
+    with pytest.raises(ValueError, match=rf"{name}\.url=http://x/v1: the pipeline draws from"):
+        run(recipe, f"--{name}.url=http://x/v1")
+    assert not seen
+
+
+def test_judges_are_closed_after_each_round(recipe, seen, monkeypatch):
+    opened, closed = pipeline.judge.open_judges, []
+
+    def watched(*given, **more):
+        return [
+            dataclasses.replace(one, close=lambda: closed.append(True))
+            for one in opened(*given, **more)
+        ]
+
+    monkeypatch.setattr(pipeline.judge, "open_judges", watched)
+    run(recipe)
+    assert len(closed) == 2
 
 
 def test_no_pairs_end_the_run_with_what_to_do(recipe, seen, monkeypatch):

@@ -12,9 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pairing
 import processes
 import pytest
 import tiny
+from faults import Server
 
 from saro_jax import records, sample
 from saro_jax.config import SampleConfig, load
@@ -170,6 +172,8 @@ CHANGED = {
     "stop": "STOP",
     "system": "be kind",
     "prefix": "Well",
+    "url": "http://127.0.0.1:9/v1",
+    "served_name": "other",
     "slots": 2,
     "dtype": "bfloat16",
 }
@@ -190,8 +194,11 @@ def test_every_setting_changes_something(straight: Path, rows: Path, tmp_path: P
             value = tmp_path / "policy.yaml"
             text = policy.policy_path("saro").read_text()
             value.write_text(text.replace("version: 1.0.0", "version: 9.9.9"))
+        elif name in ("url", "served_name"):
+            continue  # test_a_model_behind_a_server_...
         elif name == "slots":
-            assert sample.opened(config(rows, slots=2)).engine.slots == 2
+            opened = sample.opened(config(rows, slots=2))
+            assert isinstance(opened, Local) and opened.engine.slots == 2
             continue
         sample.run(config(rows, **{name: value}), tmp_path / name)
         found = files(tmp_path / name)
@@ -202,12 +209,81 @@ def test_every_setting_changes_something(straight: Path, rows: Path, tmp_path: P
     assert all(one["forced"] == one["samples"] for one in manifest["report"].values())
 
 
+def test_a_limit_draws_of_every_kind(rows: Path):
+    read = {seed: sample.read(SampleConfig(prompts=str(rows), limit=3), seed) for seed in range(4)}
+    for prompts, rejects, _ in read.values():
+        assert {one.kind for one in prompts} == {"harmful", "benign", "borderline"}
+        assert [one.reason for one in rejects] == ["limit: not drawn"]
+    assert len({prompts[1].id for prompts, _, _ in read.values()}) == 2
+
+
 def test_prompts_without_room_are_rejected(tmp_path: Path):
     tiny.write_rows(tmp_path / "rows.jsonl", [*ROWS, {**ROWS[0], "prompt": "lock " * 600}])
     manifest = sample.run(config(tmp_path / "rows.jsonl"), tmp_path / "out")
     assert manifest["drop_reasons"] == {"can not be asked": 1} and manifest["n_out"] == 12
     (line,) = (tmp_path / "out/rejects/prompts.jsonl").read_text().splitlines()
     assert "exceed the model's 512 positions" in json.loads(line)["reason"]
+
+
+# ---- behind a server -----------------------------------------------------------------------------
+
+
+def served(rows: Path, server: Server, folder: Path, *more: str):
+    flags = [
+        f"--sample.prompts={rows}",
+        "--sample.n=3",
+        f"--sample.url={server.url}",
+        f"--server.cache={folder / 'replies.sqlite'}",
+        "--server.backoff=0.01",
+        *more,
+    ]
+    return load(str(tiny.folder() / "recipe.yaml"), flags, "rw")
+
+
+def test_a_model_behind_a_server_that_fails_and_is_killed(rows: Path, tmp_path: Path, monkeypatch):
+    with Server(answer=pairing.answer) as server:
+        manifest = sample.run(served(rows, server, tmp_path / "a"), tmp_path / "straight")
+    assert manifest["n_out"] == 12 and manifest["run"]["server"]["replies"] == 12
+    traces = records.read(tmp_path / "straight" / "traces.jsonl", Trace)
+    for one in traces:
+        assert one.model == str(tiny.folder() / "model") and one.tokenizer_sha
+        assert (one.n_tok.reason or 0) + (one.n_tok.answer or 0) == len(one.raw.split())
+    named = ["--sample.served_name=other"]
+    with Server(answer=pairing.answer) as server:
+        manifest = sample.run(served(rows, server, tmp_path / "b", *named), tmp_path / "named")
+        assert {body["model"] for body in server.bodies} == {"other"}
+    assert records.read(tmp_path / "named" / "traces.jsonl", Trace)[0].model == "other"
+
+    generate, stopped = sample.served.Served.generate, []
+
+    def interrupted(self, requests):
+        for number, one in enumerate(generate(self, requests)):
+            yield one
+            if number == 1 and not stopped:
+                stopped.append(True)
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample.served.Served, "generate", interrupted)
+    with Server(lambda sent: ["500", "cut"], pairing.answer) as server:
+        with pytest.raises(KeyboardInterrupt):
+            sample.run(served(rows, server, tmp_path / "c"), tmp_path / "killed")
+        slow = ["--server.concurrency=1", "--server.stream=true"]
+        sample.run(served(rows, server, tmp_path / "c", *slow), tmp_path / "killed")
+        assert len(server.delivered) == 12 == server.delivered.total()
+    assert files(tmp_path / "killed") == files(tmp_path / "straight")
+
+
+def test_what_a_server_withholds_or_refuses_is_a_reject(rows: Path, tmp_path: Path):
+    def plan(sent: dict[str, Any]) -> list[str]:
+        text = sent["messages"][-1]["content"]
+        return {"why": ["filtered"], "open the lock": ["refuse"]}.get(text, [])
+
+    with Server(plan, pairing.answer) as server:
+        manifest = sample.run(served(rows, server, tmp_path), tmp_path / "out")
+    assert manifest["n_out"] == 6 and manifest["drop_reasons"] == {"filter": 3, "no answer": 1}
+    failed = pytest.raises(ValueError, match="no request succeeded: 400: context is too long")
+    with Server(lambda sent: ["refuse"]) as server, failed:
+        sample.run(served(rows, server, tmp_path / "x"), tmp_path / "none")
 
 
 def command(rows: Path, out: Path, *more: str) -> list[str]:
@@ -229,6 +305,8 @@ def test_the_command_line(straight: Path, rows: Path, tmp_path: Path, capsys):
         ("--sample.columns=x", "--sample.columns=x: expected FIELD=COLUMN"),
         ("--sample.prompts=none.jsonl", "none.jsonl: no such file"),
         ("--sample.top_p=2", "sample.top_p=2"),
+        ("--sample.served_name=x", "sample.served_name=x needs sample.url"),
+        ("--sample.url=http://127.0.0.1:9/v1", "sample.slots=4 has no meaning with sample.url"),
     ],
 )
 def test_wrong_input_is_one_line(rows: Path, tmp_path: Path, capsys, flag: str, message: str):

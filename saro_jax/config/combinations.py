@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from saro_jax.config.values import as_typed, names, nearest
 
 if TYPE_CHECKING:
     from saro_jax.config.evaluate import EvaluateConfig
     from saro_jax.config.pairs import PairsConfig
+    from saro_jax.config.sample import SampleConfig
     from saro_jax.config.server import ServerConfig
     from saro_jax.config.srpo import SRPOConfig
     from saro_jax.config.synthesize import SynthesizeConfig
@@ -75,6 +76,8 @@ def check(config: Config) -> None:
     _check_synthesize(config.synthesize)
     _check_evaluate(config.evaluate)
     _check_pairs(config.pairs)
+    _check_served(config, "sample")
+    _check_served(config, "pairs")
     _check_server(config.server)
     for axis, size in config.mesh:
         if size == 0:
@@ -251,6 +254,24 @@ def _check_pairs(pairs: PairsConfig) -> None:
         raise ValueError(
             f"pairs.off_policy={pairs.off_policy:g} has no meaning with pairs.negatives=null"
         )
+
+
+def _check_served(config: Config, name: Literal["sample", "pairs"]) -> None:
+    """A policy behind a server has a name there, and nothing that only a model run here has."""
+    section: SampleConfig | PairsConfig = getattr(config, name)
+    default = type(section).model_fields
+    if section.url is None:
+        if section.served_name is not None:
+            raise ValueError(f"{name}.served_name={section.served_name} needs {name}.url")
+        return
+    if section.served_name is None and config.model.path is None:
+        raise ValueError(f"{name}.url needs {name}.served_name or model.path")
+    for key in ("slots", "dtype", "think_tokens"):
+        if key in default and (value := getattr(section, key)) != default[key].default:
+            raise ValueError(
+                f"{name}.{key}={as_typed(value)} has no meaning with {name}.url: it is for a model "
+                "that runs here"
+            )
 
 
 def _check_adapters(config: Config) -> None:

@@ -147,6 +147,14 @@ class PairsConfig(Section):
         default=0.95, gt=0, le=1, description="probability mass (0 to 1) they are sampled from"
     )
     max_new_tokens: int = Field(default=512, ge=1, description="tokens of a continuation at most")
+    url: str | None = Field(
+        default=None,
+        description="an OpenAI-compatible server of the model, with its /v1; section server says "
+        "how it is asked; changes no result; null = the model runs here",
+    )
+    served_name: str | None = Field(
+        default=None, description="what the server calls the model; null = model.path"
+    )
     slots: int = Field(default=16, ge=1, description="continuations under way at a time")
     dtype: Literal["float32", "bfloat16"] | None = Field(
         default=None,

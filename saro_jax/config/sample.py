@@ -31,7 +31,9 @@ class SampleConfig(Section):
         "packaged one's name",
     )
     limit: int | None = Field(
-        default=None, ge=1, description="prompts at most, the first ones; null = all"
+        default=None,
+        ge=1,
+        description="prompts at most, drawn by seed, each kind in its share; null = all",
     )
     n: int = Field(default=8, ge=1, description="answers to each prompt")
     temperature: float = Field(default=1.0, ge=0, description="0 = greedy")
@@ -60,6 +62,14 @@ class SampleConfig(Section):
     system: str | None = Field(default=None, description="system turn before each prompt")
     prefix: str | None = Field(
         default=None, description="text that every answer begins with, such as an opened thought"
+    )
+    url: str | None = Field(
+        default=None,
+        description="an OpenAI-compatible server of the model, with its /v1; section server says "
+        "how it is asked; changes no result; null = the model runs here",
+    )
+    served_name: str | None = Field(
+        default=None, description="what the server calls the model; null = model.path"
     )
     slots: int = Field(
         default=16, ge=1, description="answers under way at a time, over all devices of a host"

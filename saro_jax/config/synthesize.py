@@ -64,7 +64,8 @@ class SynthesizeConfig(Section):
     size: int | None = Field(
         default=None,
         ge=1,
-        description="train prompts, in the shares of synthesize.mix; null = all there are",
+        description="prompts, in the shares of synthesize.mix, of which synthesize.dev_share are "
+        "held out; null = all there are",
     )
     mix: str = Field(
         default="25:25:30:20",

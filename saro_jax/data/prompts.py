@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from saro_jax.data import decontamination
+from saro_jax.data.shares import allotted
 from saro_jax.data.sources import raw_records
 from saro_jax.records import KINDS, Attack, Input, Prompt, Reject, prompt_id, sha256, to_json
 from saro_jax.text import reasoning, wrappers
@@ -202,21 +203,41 @@ def wrapped(prompts: Sequence[Prompt], shares: Mapping[str, float], seed: int) -
 
 
 def mixed(
-    prompts: Sequence[Prompt], size: int, shares: Mapping[str, float], seed: int
+    prompts: Sequence[Prompt], size: int, shares: Mapping[str, float], dev_share: float, seed: int
 ) -> tuple[list[Prompt], list[Reject]]:
-    """About `size` train prompts in those shares by kind, drawn by seed; the rest are rejects.
+    """`size` prompts in those shares by kind, drawn by seed; the rest are rejects.
 
-    A kind that has fewer than its share gives all it has; dev prompts stay.
+    `dev_share` of them are of the held-out split, in the same shares. What a kind lacks the others
+    give.
     """
-    total = sum(shares.values())
+    held_out = round(size * dev_share)
     keep: set[str] = set()
-    for kind in KINDS:
-        group_ = [one.id for one in prompts if one.kind == kind and one.split == "train"]
-        wanted = round(size * shares.get(kind, 0.0) / total)
-        keep |= set(sorted(group_, key=lambda name: _draw(seed, "mix", name))[:wanted])
-    kept = [one for one in prompts if one.id in keep or one.split != "train"]
-    ids = {one.id for one in kept}
-    return kept, [Reject(one.id, "not in the mix") for one in prompts if one.id not in ids]
+    for split, wanted in (("train", size - held_out), ("dev", held_out)):
+        mine = {
+            kind: [one.id for one in prompts if (one.kind, one.split) == (kind, split)]
+            for kind in KINDS
+        }
+        room = allotted({kind: len(ids) for kind, ids in mine.items()}, shares, wanted)
+        for kind, ids in mine.items():
+            keep |= set(sorted(ids, key=lambda name: _draw(seed, "mix", name))[: room[kind]])
+    kept = [one for one in prompts if one.id in keep]
+    return kept, [Reject(one.id, "not in the mix") for one in prompts if one.id not in keep]
+
+
+def drawn(prompts: Sequence[Prompt], limit: int, seed: int) -> list[Prompt]:
+    """At most `limit` prompts, drawn by seed, in their order; each kind in its share of them all.
+
+    A kind has at least one where there is room. What a smaller limit draws a larger one draws too.
+    """
+    places: dict[str, tuple[float, int]] = {}
+    for number, kind in enumerate(KINDS):
+        ids = sorted(
+            (one.id for one in prompts if one.kind == kind),
+            key=lambda name: _draw(seed, "limit", name),
+        )
+        places |= {name: (rank / len(ids), number) for rank, name in enumerate(ids)}
+    keep = set(sorted(places, key=lambda name: places[name])[:limit])
+    return [one for one in prompts if one.id in keep]
 
 
 def decontaminated(

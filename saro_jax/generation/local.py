@@ -67,7 +67,7 @@ class Local:
             arch, params, slots=slots, stop_ids=stops, dtype=dtype, unroll=unroll, mesh=mesh
         )
         self.prefill = chat.generation_prefill(tokenizer)  # what the template begins a turn with
-        self.tokenizer_sha = tokenizer_sha(tokenizer)
+        self.tokenizer_sha = chat.tokenizer_sha(tokenizer)
         self._closing = tuple(tokenizer.encode(CLOSING, add_special_tokens=False))
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Sample]]]:
@@ -236,13 +236,8 @@ def load(
 
 def _sha(folder: Path, adapter: Path | None, tokenizer: Any, dtype: str) -> str:
     """What the answers depend on: weights, adapters, the tokenizer with its template, the dtype."""
-    parts = [huggingface.weights_hash(folder), tokenizer_sha(tokenizer), dtype]
+    parts = [huggingface.weights_hash(folder), chat.tokenizer_sha(tokenizer), dtype]
     if adapter is not None:
         parts.append(huggingface.weights_hash(adapter / peft.WEIGHTS))
         parts.append((adapter / peft.CONFIG).read_text(encoding="utf-8"))
     return sha256("\n".join(parts))[:16]
-
-
-def tokenizer_sha(tokenizer: Any) -> str:
-    """The hash of a tokenizer and its chat template, 16 hex digits."""
-    return sha256(f"{tokenizer.backend_tokenizer.to_str()}\n{tokenizer.chat_template}")[:16]

@@ -12,6 +12,12 @@ from saro_jax.records import KINDS, BranchLengths, Pref, Reject
 from saro_jax.text.chat import Message
 
 NO_LIMIT = 1 << 30  # tokens: what is too long is training's to cut
+ENOUGH = {
+    "OP3": "off-policy: enough of OP3",
+    "MODE": "quota: enough of MODE",
+    "NOOP": "no-op: enough of them",
+}
+Rule = Callable[[Sequence[Pref]], tuple[list[Pref], list[Reject]]]
 PROCESS: tuple[str, ...] = ("PPA", "PPB", "PPC", "PPD", "PPE", "PPF", "PPG")
 
 
@@ -66,6 +72,9 @@ def checked(
                 ends = _ends_with(whole, ids) or _ends_with(whole[:-1], ids)
                 counts["same" if ends else "other"] += 1
         w, l = (len(branch.ids) for branch in item.branches)  # noqa: E741
+        if pair.kind == "PPB" and w >= l:
+            rejects.append(Reject(pair.id, "PPB: the early reflection has no fewer tokens"))
+            continue
         kept.append(
             pair.model_copy(
                 update={
@@ -87,35 +96,78 @@ def assembled(
     """The pairs that train, outcome pairs first; what is left out; and what the shares are.
 
     Outcome pairs: the off-policy share, quotas by kind of prompt. Process pairs: the mix of
-    variants, stems, lengths, chosen branches without a marker, no-op pairs.
+    variants, stems, chosen branches without a marker, no-op pairs. Both: lengths.
     """
-    rejects: list[Reject] = []
-
-    def take(step: tuple[list[Pref], list[Reject]]) -> list[Pref]:
-        rejects.extend(step[1])
-        return step[0]
-
-    op = take(balance.capped(outcome, _is("OP3"), shares.off_policy, "off-policy: enough of OP3"))
-    pp = list(process)
+    kept, rejects = _settled([*outcome, *process], shares, None)
     if shares.size is not None:
+        op, pp = _split(kept)
         quotas: dict[str, float] = dict(zip(KINDS, _numbers(shares.quotas), strict=True))
-        op = take(balance.quotas(op, _prompt_kind, quotas, shares.size))
+        op, dropped = balance.quotas(op, _prompt_kind, quotas, shares.size)
         mix = dict(zip(PROCESS, _numbers(shares.mix), strict=True))
+        variants = [pair for pair in pp if pair.kind in PROCESS]
+        variants, more = balance.quotas(variants, _kind, mix, shares.size)
         others = [pair for pair in pp if pair.kind not in PROCESS]
-        pp = take(balance.quotas([p for p in pp if p.kind in PROCESS], _kind, mix, shares.size))
         # Of pairs about the amount of reasoning no more than of those about brevity.
-        share = mix["PPF"] / sum(mix.values())
-        pp = take(balance.capped([*pp, *others], _is("MODE"), share, "quota: enough of MODE"))
-    pp = take(reflections.capped_stems(pp, shares.stem))
-    pairs, dropped, _ = balance.balanced([*op, *pp], shares.balance, shares.balance_floor)
-    rejects += dropped
-    op = [pair for pair in pairs if pair.kind.startswith("OP")]
-    pp = [pair for pair in pairs if not pair.kind.startswith("OP")]
-    reflecting = take(reflections.guarded([pair for pair in pp if _reflects(pair)]))
-    ids = {pair.id for pair in reflecting}
-    pp = [pair for pair in pp if not _reflects(pair) or pair.id in ids]
-    pp = take(balance.capped(pp, _is("NOOP"), shares.no_op, "no-op: enough of them"))
+        brevity = mix["PPF"] / sum(mix.values())
+        kept, last = _settled([*op, *variants, *others], shares, brevity)
+        rejects += [*dropped, *more, *last]
+    kept, _, _ = balance.balanced(kept, shares.balance, 1.0)  # weights alone
+    op, pp = _split(kept)
     return [*op, *pp], rejects, report(op, pp)
+
+
+def _settled(
+    pairs: Sequence[Pref], shares: Shares, brevity: float | None
+) -> tuple[list[Pref], list[Reject]]:
+    """Pairs that obey all shares at once, with the weights they came with; brevity: of MODE.
+
+    What one rule drops changes the shares of the rest, so that all are asked again until nothing
+    goes.
+    """
+    kept, rejects = list(pairs), []
+    counts = Counter(pair.kind for pair in pairs)
+    rules = [
+        _rule(True, lambda op: balance.capped(op, _is("OP3"), shares.off_policy, ENOUGH["OP3"])),
+        _rule(False, lambda pp: reflections.capped_stems(pp, shares.stem)),
+        _rule(False, _guarded),
+        _rule(False, lambda pp: balance.capped(pp, _is("NOOP"), shares.no_op, ENOUGH["NOOP"])),
+        lambda all_: balance.balanced(all_, shares.balance, shares.balance_floor, counts)[:2],
+    ]
+    if brevity is not None:
+        rules.insert(
+            1, _rule(False, lambda pp: balance.capped(pp, _is("MODE"), brevity, ENOUGH["MODE"]))
+        )
+    while True:
+        before = len(kept)
+        for rule in rules:
+            stay, dropped = rule(kept)
+            ids = {pair.id for pair in stay}
+            kept = [pair for pair in kept if pair.id in ids]
+            rejects += dropped
+        if len(kept) == before:
+            return kept, rejects
+
+
+def _rule(outcome: bool, of_set: Rule) -> Rule:
+    """A rule of one of the two sets as one of both."""
+
+    def rule(pairs: Sequence[Pref]) -> tuple[list[Pref], list[Reject]]:
+        op, pp = _split(pairs)
+        mine, dropped = of_set(op if outcome else pp)
+        return [*mine, *(pp if outcome else op)], dropped
+
+    return rule
+
+
+def _guarded(pp: Sequence[Pref]) -> tuple[list[Pref], list[Reject]]:
+    reflecting, dropped = reflections.guarded([pair for pair in pp if _reflects(pair)])
+    return [*(pair for pair in pp if not _reflects(pair)), *reflecting], dropped
+
+
+def _split(pairs: Sequence[Pref]) -> tuple[list[Pref], list[Pref]]:
+    """Outcome pairs and process pairs."""
+    op = [pair for pair in pairs if pair.kind.startswith("OP")]
+    return op, [pair for pair in pairs if not pair.kind.startswith("OP")]
 
 
 def report(op: Sequence[Pref], pp: Sequence[Pref]) -> dict[str, Any]:

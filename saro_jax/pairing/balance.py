@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from saro_jax.data.shares import FINE, allotted
 from saro_jax.records import Pref, Reject
 
 # Kinds that are there to prefer the shorter branch.
 SHORTER = ("PPB", "PPF", "NOOP", "MODE")
-FINE = 1e-9
 
 
 def quotas(
@@ -33,27 +33,6 @@ def quotas(
         else:
             rejects.append(Reject(pair.id, f"quota: enough of {share(pair)}"))
     return kept, rejects
-
-
-def allotted(counts: Mapping[str, int], shares: Mapping[str, float], size: int) -> dict[str, int]:
-    """How many of each group: in the shares, never more than there are, `size` in all if possible.
-
-    Largest remainders first, then in the order of the shares.
-    """
-    taken = dict.fromkeys(counts, 0)
-    left = min(size, sum(count for name, count in counts.items() if shares[name] > 0))
-    while left:
-        open_ = [name for name in counts if taken[name] < counts[name] and shares[name] > 0]
-        weight = sum(shares[name] for name in open_)
-        ideal = {name: left * shares[name] / weight for name in open_}
-        given = {name: min(int(ideal[name] + FINE), counts[name] - taken[name]) for name in open_}
-        if not any(given.values()):
-            best = sorted(open_, key=lambda name: -(ideal[name] % 1))[:left]
-            given = dict.fromkeys(best, 1)
-        for name, more in given.items():
-            taken[name] += more
-            left -= more
-    return taken
 
 
 def capped(
@@ -83,14 +62,15 @@ def imbalance(pairs: Sequence[Pref]) -> float:
 
 
 def balanced(
-    pairs: Sequence[Pref], bound: float, floor: float
+    pairs: Sequence[Pref], bound: float, floor: float, counts: Mapping[str, int] | None = None
 ) -> tuple[list[Pref], list[Reject], dict[str, dict[str, Any]]]:
     """Pairs with each kind's `imbalance` within +- bound, by dropping and down-weighting.
 
     In a kind that is out of bounds, pairs that lean the wrong way lose weight, down to half; where
-    that is not enough the most lopsided of them go, while `floor` of the kind's pairs stay. What is
-    out of bounds then is reported. Kinds that are there to prefer the shorter branch are left
-    alone. Also returns, by kind, {pairs, before, after, within}.
+    that is not enough the most lopsided of them go, while `floor` of the kind's pairs stay, or of
+    as many as `counts` says that there were. What is out of bounds then is reported. Kinds that are
+    there to prefer the shorter branch are left alone. Also returns, by kind, {pairs, before, after,
+    within}.
     """
     kept: dict[str, Pref] = {pair.id: pair for pair in pairs}
     rejects: list[Reject] = []
@@ -100,7 +80,8 @@ def balanced(
         before = imbalance(mine)
         if kind not in SHORTER and abs(before) > bound:
             sign = math.copysign(1.0, before)
-            mine, dropped = _dropped(mine, sign, bound, math.ceil(floor * len(mine)))
+            least = math.ceil(floor * (counts or {kind: len(mine)})[kind])
+            mine, dropped = _dropped(mine, sign, bound, least)
             mine = _weighted(mine, sign, bound)
             for pair in dropped:
                 del kept[pair.id]

@@ -5,16 +5,15 @@ from typing import Any
 
 from saro_jax.generation.requests import Sample
 from saro_jax.records import (
-    MODES,
     Parsed,
     Prompt,
     Sampler,
     TokenCounts,
     Trace,
-    TraceStep,
     content_id,
 )
 from saro_jax.text import reasoning
+from saro_jax.text.traces import decided, trace_steps
 
 CountTokens = Callable[[str], int]
 OPENING = f"{reasoning.OPEN}\n"
@@ -55,7 +54,6 @@ def whole(
     """The trace of a whole response, its prefix included."""
     sampler = sampler or Sampler()
     parsed = reasoning.parse(raw, finished=finish != "length")
-    decided = reasoning.decision(parsed.reasoning)
     drawn = [sampler.seed, (meta or {}).get("i"), finish, list(parents)]
     return Trace(
         id=content_id("continued", prompt.id, model, raw, *drawn),
@@ -66,11 +64,8 @@ def whole(
         sampler=sampler,
         raw=raw,
         parsed=Parsed(**vars(parsed)),
-        steps=tuple(
-            TraceStep(i=at, start_char=s.start, end_char=s.end, text=s.text, kind=s.kind)
-            for at, s in enumerate(reasoning.segment(parsed.reasoning))
-        ),
-        decision=decided if decided in MODES else "none",
+        steps=trace_steps(parsed.reasoning),
+        decision=decided(parsed.reasoning),
         n_tok=TokenCounts(
             prompt=count(prompt.text), reason=count(parsed.reasoning), answer=count(parsed.answer)
         ),

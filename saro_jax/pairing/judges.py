@@ -1,12 +1,15 @@
 """Judgments of continuations: by the form of the answer, and by a guard where one is configured."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from saro_jax.judging.judges import Judge, refusal_judge
 from saro_jax.pairing.outcomes import RISKY_KINDS
-from saro_jax.records import Judgment, Prompt, Trace, content_id
+from saro_jax.records import Journal, Judgment, Prompt, Trace, content_id
 
 INVALID = {"label": "invalid", "score": None}
+CHUNK = 64  # pairs that a guard is asked between two writes of its journal
 
 
 def by_form(traces: Sequence[Trace], prompts: Sequence[Prompt]) -> list[Judgment]:
@@ -28,6 +31,26 @@ def by_form(traces: Sequence[Trace], prompts: Sequence[Prompt]) -> list[Judgment
         )
         for trace, row in zip(traces, rows, strict=True)
     ]
+
+
+def kept(guard: Judge, journal: Journal) -> Judge:
+    """The guard, its verdicts in the journal as soon as CHUNK pairs are judged, and asked once.
+
+    A chunk is judged as a whole, so that a pair always has the same neighbours (Judge.batched).
+    """
+
+    def say(pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for start in range(0, len(pairs), CHUNK):
+            chunk = [list(pair) for pair in pairs[start : start + CHUNK]]
+            key = content_id("verdicts", chunk)
+            if key not in journal.values:
+                said = guard.say([(told, text) for told, text in chunk])
+                journal.append(key, [[one["label"], one.get("score")] for one in said])
+            found += [{"label": label, "score": score} for label, score in journal.values[key]]
+        return found
+
+    return dataclasses.replace(guard, say=say)
 
 
 def by_guard(

@@ -97,16 +97,19 @@ def reflect_or_continue(
 
 
 def early_or_late(
-    site: Site, mended: Mended, late: Site, mended_late: Mended, limits: Limits
+    site: Site, mended: Mended, late: Site, mended_late: Mended, limits: Limits, worth: Worth
 ) -> Pref | str:
     """PPB: the reflection at the risky step against the same trace with one two steps later.
 
-    Both end well; the chosen branch is the shorter.
+    Both end well; the chosen branch is the shorter, and its reflection has a value as PPA's.
     """
+    complaint = _lacks(mended, limits, worth)
+    if complaint is not None:
+        return complaint
     if late.step < site.step + 2:
         return "late: no room for two steps between"
-    if not (mended.outcome.good(limits) and mended_late.outcome.good(limits)):
-        return "late: one of the ends is not good"
+    if not mended_late.outcome.good(limits):
+        return "late: the late reflection does not end well"
     rejected = late.prefix[len(site.prefix) :] + mended_late.text
     if len(mended.text) >= len(rejected):
         return "late: the early reflection is not shorter"
@@ -120,7 +123,7 @@ def authentic_or_not(
 
     An alarm that names nothing; the same words citing a rule that does not apply; the very same
     reflection after which the thought goes on as if it had not been. Where a sort is impossible the
-    first is taken.
+    first is taken. The words are compared, before one end: a citation check, and no value.
     """
     complaint = reflections.unauthentic(mended.reflection, site.outcome.prompt, policy)
     if complaint is not None:

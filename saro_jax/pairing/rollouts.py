@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from saro_jax.generation.requests import Generator, Request, Sample
@@ -39,7 +39,8 @@ class Rollouts:
     """Draws and judges continuations; what the journal holds is not drawn again.
 
     The seed of a request follows from `seed` and what is asked, so that the draw is the same in
-    whatever order. `tell` hears how many requests are done.
+    whatever order. `tell` hears how many requests are done; `failures` has, by ask, why it could
+    not be drawn: there is no room for it in the model, or a server refuses it.
     """
 
     generator: Generator
@@ -51,6 +52,7 @@ class Rollouts:
     guard: Judge | None = None
     count: CountTokens = lambda text: len(text.split())
     tell: Callable[[int], None] = lambda _: None
+    failures: dict[str, str] = field(default_factory=dict)
 
     def draw(self, asks: Sequence[Ask]) -> dict[str, list[Outcome]]:
         """The outcomes of each ask, by its key; a request that failed for good has none."""
@@ -98,32 +100,49 @@ class Rollouts:
 
     def _samples(self, asks: Mapping[str, Ask]) -> dict[str, list[Sample]]:
         todo = [ask for key, ask in asks.items() if key not in self.journal.values]
-        self.tell(len(asks) - len(todo))
-        requests = (
-            Request(
-                id=ask.key,
-                messages=ask.messages or ({"role": "user", "content": ask.prompt.text},),
-                sampler=self._sampler(ask),
-                n=ask.n,
-                prefix="" if ask.messages is not None else ask.prefix,
-            )
-            for ask in todo
-        )
+        requests = self._fitting([self._request(ask) for ask in todo])
+        self.tell(len(asks) - len(requests))
+        told: Mapping[str, str] = getattr(self.generator, "failures", {})
         short: dict[str, list[Sample]] = {}
-        if todo:
+        if requests:
             for request, samples in self.generator.generate(requests):
                 if len(samples) < request.n:  # failed for good this time: the next run asks again
                     short[request.id] = samples
+                    self.failures[request.id] = told.get(request.id, "not enough samples")
                 else:
                     # Without the time that it took: the same answers are the same bytes.
                     kept = [dataclasses.replace(one, seconds=None) for one in samples]
                     self.journal.append(request.id, [dataclasses.asdict(one) for one in kept])
                 self.tell(1)
+        if requests and len(short) == len(requests) and not any(short.values()):
+            why = self.failures[requests[0].id]
+            raise ValueError(f"{self.generator.name}: no request succeeded: {why}")
         done = self.journal.values
         return {
             key: [_sample(one) for one in done[key]] if key in done else short.get(key, [])
             for key in asks
         }
+
+    def _request(self, ask: Ask) -> Request:
+        return Request(
+            id=ask.key,
+            messages=ask.messages or ({"role": "user", "content": ask.prompt.text},),
+            sampler=self._sampler(ask),
+            n=ask.n,
+            prefix="" if ask.messages is not None else ask.prefix,
+        )
+
+    def _fitting(self, requests: Sequence[Request]) -> list[Request]:
+        """Those that a model run here has room for."""
+        check = getattr(self.generator, "job", lambda _: None)
+        fitting = []
+        for request in requests:
+            try:
+                check(request)
+                fitting.append(request)
+            except ValueError as error:
+                self.failures[request.id] = str(error).removeprefix(f"{request.id}: ")
+        return fitting
 
     def _sampler(self, ask: Ask) -> Sampler:
         return self.sampler.model_copy(update={"seed": self._seed(ask)})

@@ -1,5 +1,6 @@
 """Search: step values of traces that end badly, their risky steps, and how to go on well there."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,11 +60,13 @@ def site_of(one: Outcome, valued: Sequence[StepValue], worth: Worth) -> Site | N
     A reflection needs a thought to take back: what goes wrong in the first step is cut after it.
     None where nothing goes wrong, or where there is no step to come.
     """
-    shares = [v.n_good / v.n_roll if v.n_roll else 0.0 for v in valued]
+    # Where no continuation was drawn, for want of room say, nothing is known, nor after that.
+    drawn = itertools.takewhile(lambda v: v.n_roll, valued)
+    shares = [v.n_good / v.n_roll for v in drawn]
     step = values.first_risky(shares, worth.low, worth.drop)
     found_by = "values" if step is not None else "words"
     step = risky_by_words(one) if step is None else step
-    if step is None or len(shares) < 3:
+    if step is None or len(valued) < 3:
         return None
     step = max(1, step)
     return Site(one, step, found_by, shares[step + 1] if valued[step + 1].n_roll else None)

@@ -176,7 +176,7 @@ def _from_walks(
         made = process_pairs.reflect_or_continue(kind, site, good, limits, plan.worth)
         found.add(_as(kind, made), name, good.outcome)
         if i in late:
-            made = process_pairs.early_or_late(site, good, late[i], later[i], limits)
+            made = process_pairs.early_or_late(site, good, late[i], later[i], limits, plan.worth)
             found.add(_as("PPB", made), name, good.outcome, later[i].outcome)
         if kind == "PPA":
             task = search.Task(site.outcome, site.prefix, site.step, numbers.take())

@@ -12,6 +12,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 Split = Literal["train", "dev", "test"]
 Mode = Literal["comply", "comply_care", "safe_complete", "refuse"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+Decision = Literal["comply", "comply_care", "safe_complete", "refuse", "none"]
 Refusal = Literal["FC", "FR", "PR", "invalid"]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -109,7 +110,7 @@ class Trace(Record):
     raw: str
     parsed: Parsed
     steps: tuple[TraceStep, ...] = ()
-    decision: Literal["comply", "comply_care", "safe_complete", "refuse", "none"] = "none"
+    decision: Decision = "none"
     n_tok: TokenCounts = TokenCounts()
     tokenizer_sha: str | None = None
     finish: Literal["eos", "length", "stop"]

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from jinja2.exceptions import TemplateError
 
+from saro_jax.records import sha256
+
 ROLES = ("system", "user", "assistant")
 
 # Llama 3's templates print this date, or today's where none is given: ids would change overnight.
@@ -153,6 +155,11 @@ def generation_prefill(tokenizer: Any) -> str:
         return ""
     tail = _think_tail(_apply(tokenizer, (Message("user", "x"),), generation=True))
     return "" if "</think>" in tail else tail
+
+
+def tokenizer_sha(tokenizer: Any) -> str:
+    """The hash of a tokenizer and its chat template, 16 hex digits."""
+    return sha256(f"{tokenizer.backend_tokenizer.to_str()}\n{tokenizer.chat_template}")[:16]
 
 
 def end_of_turn(tokenizer: Any) -> int:
