@@ -247,7 +247,14 @@ def test_at_step_0_the_policy_is_the_reference(layout, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("options", [("shared",), ("separate",), ("shared", "--lora.rank=4")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(("shared",), marks=pytest.mark.slow),
+        pytest.param(("separate",), marks=pytest.mark.slow),
+        ("shared", "--lora.rank=4"),
+    ],
+)
 def test_at_step_0_bfloat16_is_the_reference_exactly(options, tmp_path, monkeypatch):
     # The reference is scored on the very rows of the step; every pair is a tie.
     layout, *more = options

@@ -66,9 +66,11 @@ def same(a: list[Completion], b: list[Completion]) -> None:
     "family",
     [
         "llama3-tied",
-        "qwen3",
         "gemma2",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "qwen2", "gemma3")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("qwen3", "mistral", "qwen2", "gemma3")
+        ),
     ],
 )
 def test_greedy_equals_transformers_and_a_full_forward(family: str, tmp_path):

@@ -60,6 +60,14 @@ def logits(arch, params, tokens, where) -> np.ndarray:
     return np.asarray(decoder.logits(arch, params, hidden))
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "gemma2" else ())
+        for name in sorted(FAMILIES)
+    ],
+    indirect=True,
+)
 def test_states_of_every_layer_equal_transformers(model):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
@@ -105,7 +113,9 @@ def test_logits_equal_transformers_packed_and_padded(model):
             )
 
 
-@pytest.mark.parametrize("model", ["llama", "gemma2"], indirect=True)
+@pytest.mark.parametrize(
+    "model", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)], indirect=True
+)
 def test_remat_changes_no_gradient(model):
     _, arch, params, ids = model
     tokens, where = packed(ids, 64)

@@ -184,7 +184,7 @@ def test_tokens_are_counted_as_separate_sequences():
     assert loop.sequence_tokens(tiny.item(0, 0, 9)) == 9
 
 
-@pytest.mark.parametrize("stage", ["rw", "srpo"])
+@pytest.mark.parametrize("stage", [pytest.param("rw", marks=pytest.mark.slow), "srpo"])
 def test_a_step_of_one_block_is_one_program_with_the_same_result(stage):
     (block,) = pack(ITEMS[stage], range(8), row_length=256, rows=4, layout="shared")
     mesh, transform = meshes.make_mesh(devices=jax.devices()[:1]), optax.sgd(0.5)
