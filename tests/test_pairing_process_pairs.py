@@ -135,5 +135,9 @@ def test_sites_by_values_and_by_words():
     assert by_words == Site(BAD, 1, "words", 0.0)
     # What goes wrong at once is cut after the first step, which a reflection can take back.
     assert search.site_of(BAD, values(4, 0, 0, 0, 0), WORTH) == Site(BAD, 1, "values", 0.0)
+    # A step of which nothing could be drawn hides those after it, not the value at the site.
+    unknown = values(3, 3, 3, 1, 0)
+    unknown[1] = step_value("t", 0, 0, 0)
+    assert search.site_of(BAD, unknown, WORTH) == Site(BAD, 1, "words", 0.75)
     calm = pairing.outcome(OF, 0, 0.9, "FC", "One word more here.\n\nAnother few words here.")
     assert search.site_of(calm, values(0, 0, 0), WORTH) is None

@@ -323,14 +323,28 @@ def test_a_run_killed_before_its_export_only_exports(straight, tmp_path):
     assert not (out / "model.unchecked").exists()
 
 
+def test_settings_that_training_does_not_read_may_change(straight, tmp_path, capsys):
+    """Also those that another version of the project adds or takes away."""
+    out = shutil.copytree(straight / "rw", tmp_path / "rw")
+    now = (out / "config.yaml").read_text()
+    tree = yaml.safe_load(now)
+    del tree["sample"]["n"]
+    tree["pairs"]["gone"] = 1
+    (out / "config.yaml").write_text("# stage: rw\n" + yaml.safe_dump(tree, sort_keys=False))
+    run("rw", out, *LONG, "--sample.n=7")
+    assert "complete, nothing to do" in capsys.readouterr().out
+    assert (out / "config.yaml").read_text() == now
+    assert weights(out) == weights(straight / "rw")
+
+
 def test_a_folder_of_another_run_is_refused(straight, tmp_path, capsys):
     run("rw", straight / "rw", *LONG, "--optimizer.learning_rate=5e-4", code=2)
     assert capsys.readouterr().err == (
         f"error: {straight}/rw/config.yaml: this folder holds a run with another config: "
-        "'learning_rate: 0.001' there, 'learning_rate: 0.0005' now\n"
+        "optimizer.learning_rate=0.001 there, 0.0005 now\n"
     )
     run("srpo", straight / "rw", *LONG, code=2)
-    assert "'# stage: rw' there, '# stage: srpo' now" in capsys.readouterr().err
+    assert "stage=rw there, srpo now" in capsys.readouterr().err
     (tmp_path / "notes.txt").write_text("mine")
     run("rw", tmp_path, code=2)
     said = capsys.readouterr().err

@@ -69,7 +69,8 @@ def site_of(one: Outcome, valued: Sequence[StepValue], worth: Worth) -> Site | N
     if step is None or len(valued) < 3:
         return None
     step = max(1, step)
-    return Site(one, step, found_by, shares[step + 1] if valued[step + 1].n_roll else None)
+    after = valued[step + 1]
+    return Site(one, step, found_by, after.n_good / after.n_roll if after.n_roll else None)
 
 
 def mended(

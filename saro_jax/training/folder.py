@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -23,17 +25,18 @@ def claim(config: Config, stage: str, out: Path) -> bool:
         # Until something is saved, a run that failed (rows rejected, say) may be given again.
         if before != text and not any((out / "checkpoints").glob("[0-9]*")):
             _write_config(file, text)
-        elif before != text and _same_run(before, text):
+        elif _trained(before, others) == _trained(text, others):
+            if before != text:  # an earlier version wrote what other stages read in another way
+                _write_config(file, text)
+        elif _trained(before, others, work=True) == _trained(text, others, work=True):
             print("goes on with another mesh or train.micro_rows than it began with", flush=True)
             _write_config(file, text)
-        elif before != text:
+        else:
+            there, now = (dict(_settings(_trained(one, others))) for one in (before, text))
             changed = next(
-                (
-                    f"{a!r} there, {b!r} now"
-                    for a, b in zip(*map(_lines, (before, text)), strict=False)
-                    if a != b
-                ),
-                "another length",
+                f"{name}={there.get(name)} there, {now.get(name)} now"
+                for name in (*now, *there)
+                if there.get(name) != now.get(name)
             )
             raise ValueError(f"{file}: this folder holds a run with another config: {changed}")
         return not (out / "model").is_dir()
@@ -45,24 +48,31 @@ def claim(config: Config, stage: str, out: Path) -> bool:
     return True
 
 
-def _same_run(before: str, now: str) -> bool:
-    """Whether two texts of config.yaml differ only in what cuts up the work and not in the work.
+def _trained(text: str, others: Iterable[str], *, work: bool = False) -> dict[str, Any]:
+    """The stage, and what training reads, of a text of config.yaml.
 
-    The machine that goes on need not be the one that began.
+    With `work` without what cuts up the work and is not the work itself: the machine that goes on
+    need not be the one that began.
     """
-    stages = {text.partition("\n")[0] for text in (before, now)}
-    trees = [yaml.safe_load(text) for text in (before, now)]
-    for tree in trees:
-        tree.pop("mesh", None)
-        tree.get("train", {}).pop("micro_rows", None)
-    return len(stages) == 1 and trees[0] == trees[1]
+    stage = text.partition("\n")[0].removeprefix("# stage: ")
+    tree = {"stage": stage, **yaml.safe_load(text)}
+    for name in (*others, *(("mesh",) if work else ())):
+        tree.pop(name, None)
+    if work:
+        tree["train"] = {k: v for k, v in tree["train"].items() if k != "micro_rows"}
+    return tree
+
+
+def _settings(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """(a.b, value) of each setting of a tree."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _settings(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _write_config(file: Path, text: str) -> None:
     partial = file.with_name(".config.yaml")
     partial.write_text(text)
     os.replace(partial, file)
-
-
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines()]
