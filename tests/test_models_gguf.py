@@ -187,7 +187,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path):
     arch = huggingface.load_architecture(file)
     params = huggingface.load_params(file, arch, "float32")
     difference = huggingface.logits_match(folder, params, arch)
-    assert difference is not None and difference < 1e-3  # weights of size 1: logits of 30
+    assert difference is not None and difference < 3e-5  # of the largest logit, 30
 
 
 def test_tokenizer(tmp_path: Path):

@@ -457,7 +457,7 @@ def test_logits_that_differ_are_seen(tmp_path: Path):
     norm = params["model"]["norm"]
     difference = huggingface.logits_match(tmp_path, params, arch, [5, 6, 7])
     assert difference is not None and difference < 3e-5
-    norm["weight"] = norm["weight"] * 1.1
+    norm["weight"] = norm["weight"] * 1.5
     wrong = huggingface.logits_match(tmp_path, params, arch, [5, 6, 7])
     assert wrong is not None and wrong > 0.1
 

@@ -248,6 +248,8 @@ def logits_match(
 ) -> float | None:
     """Largest difference between transformers' logits of `folder` and ours of `params`, in float32.
 
+    As a share of the largest logit, or of 1 where all are smaller: what float32 rounds grows with
+    them, and a trained model's are far above 1.
     `tokens` is the prompt, by default 32 ids spread over the vocabulary. None, with a warning,
     where torch is not installed. In a multi-host run every process must call this; the first
     compares, and all get what it found.
@@ -258,7 +260,11 @@ def logits_match(
     if theirs_TV is None:
         return None
     ours_TV = _our_logits(params, arch, tokens or _prompt(arch), adapters)
-    return float(np.abs(np.asarray(ours_TV) - theirs_TV).max())
+    return _difference(np.asarray(ours_TV), theirs_TV)
+
+
+def _difference(ours_TV: np.ndarray, theirs_TV: np.ndarray) -> float:
+    return float(np.abs(ours_TV - theirs_TV).max() / max(1.0, np.abs(theirs_TV).max()))
 
 
 def _prompt(arch: Architecture) -> list[int]:
@@ -287,7 +293,7 @@ def _logits_match_together(folder, params, arch, tokens, adapters) -> float | No
     with jax.set_mesh(mesh):
         ours_TV = jax.jit(ours, out_shardings=NamedSharding(mesh, PartitionSpec()))(params, tree)
     own = np.asarray(ours_TV.addressable_data(0))
-    return distributed.first("logits", lambda: float(np.abs(own - logits[0]).max()))
+    return distributed.first("logits", lambda: _difference(own, logits[0]))
 
 
 def _their_logits(folder: str | Path, tokens: list[int]) -> np.ndarray | None:
