@@ -725,7 +725,9 @@ def test_the_image_starts_what_the_manifest_expects():
 def test_the_guide_uses_options_and_files_that_there_are():
     guide = (TPU / "README.md").read_text()
     for script in ("launch", "gke"):
-        known = set(re.findall(r"^ +(--[a-z-]+)[=*)]", (TPU / f"{script}.sh").read_text(), re.M))
+        # Those of its own, and those that both share.
+        texts = [(TPU / name).read_text() for name in (f"{script}.sh", "flags.sh")]
+        known = set(re.findall(r"^ +(--[a-z-]+)[=*)]", "\n".join(texts), re.M))
         # A command with its continued lines, up to the `--` before what is run.
         for command in re.findall(rf"tpu/{script}\.sh ((?:.*\\\n)*.*)", guide):
             used = re.findall(r"(?<!\S)(--[a-z-]+)", command.split(" -- ")[0].split(" --\n")[0])
