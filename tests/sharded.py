@@ -145,8 +145,6 @@ def misplaced(family: str, mesh: str, loss: str) -> list[str]:
     program of the gradients computes: none has more entries than what is kept of all layers, or
     than the logits, of one device's own tokens. And by memory: what a single device needs beside
     the results, divided by the parts that rows and tokens are cut into, and at most a third more.
-    Where key heads do not divide, a device has the keys and values of its whole rows besides, since
-    attention gathers and repeats them (docs/parallel.md).
     """
     rows, length = 16, 256
     single = meshes.make_mesh(devices=jax.devices()[:1])
@@ -180,11 +178,7 @@ def misplaced(family: str, mesh: str, loss: str) -> list[str]:
             wrong.append(f"an array of shape [{shape}] is not cut")
     programs = (found["accumulate"], one)
     needs, whole = (program.memory_analysis().temp_size_in_bytes for program in programs)
-    gathered = 0
-    if arch.num_kv_heads % (tensor * many.shape["sequence"]):
-        tokens = rows * length // meshes.row_shards(many)
-        gathered = 2 * tokens * arch.num_kv_heads * arch.head_dim * 4
-    if needs > whole / cut * 4 / 3 + gathered:
+    if needs > whole / cut * 4 / 3:
         wrong.append(f"{needs} bytes of temporaries, {whole} on a single device")
     return wrong
 
