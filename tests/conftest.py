@@ -1,5 +1,6 @@
 """Owns the environment of the tests: JAX on CPU, no network, caches in a temporary folder."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -12,6 +13,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = os.path.join(_CACHE, "datasets")
 os.environ["SARO_JAX_CACHE"] = os.path.join(_CACHE, "saro_jax")
+
+
+def pytest_runtest_teardown(item, nextitem) -> None:
+    """Take what a test leaves out of the garbage collector's sight.
+
+    JAX keeps what it has traced, millions of objects in the end, and each full collection walks
+    through all of them: a third of the suite's time. What a file leaves unreachable goes at its end.
+    """
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:
