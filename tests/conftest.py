@@ -19,7 +19,7 @@ def pytest_runtest_teardown(item, nextitem) -> None:
     """Take what a test leaves out of the garbage collector's sight.
 
     JAX keeps what it has traced, millions of objects in the end, and each full collection walks
-    through all of them: a third of the suite's time. What a file leaves unreachable goes at its end.
+    through all of them: a third of the suite's time. What a file leaves unreachable ends with it.
     """
     if nextitem is None or nextitem.path != item.path:
         gc.collect()
