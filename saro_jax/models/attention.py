@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from saro_jax.models.remat import ATTENTION, store
-from saro_jax.parallel.sharding import HEADS, ROWS, axis_parts, constrain_heads, gather_heads
+from saro_jax.parallel.sharding import HEADS, ROWS, axis_parts, constrain_heads
 
 F32 = jnp.float32
 NEGATIVE = -1e30  # a finite "minus infinity": (NEGATIVE - NEGATIVE) stays a number
@@ -140,25 +140,34 @@ def _whole_rows(q_BTNH, k_BTKH, v_BTKH):
     """
     K = k_BTKH.shape[2]
     copies = math.lcm(K, axis_parts(HEADS)) // K
-    q_BTNH, kv = constrain_heads(q_BTNH), (k_BTKH, v_BTKH)
-    if copies > 1:
-        return q_BTNH, *(_repeated_heads(gather_heads(x), copies) for x in kv)
-    return q_BTNH, *map(constrain_heads, kv)
+    kv = (k_BTKH, v_BTKH)
+    kv = (_repeated_heads(x, copies) for x in kv) if copies > 1 else map(constrain_heads, kv)
+    return constrain_heads(q_BTNH), *kv
 
 
 def _repeated_heads(x_BTKH: jax.Array, copies: int) -> jax.Array:
-    """Each head `copies` times, [B, T, K * copies, H]; a device makes those that are its own."""
-    K, tensor = x_BTKH.shape[2], axis_parts("tensor")
-    own = K * copies // axis_parts(HEADS)
-    cut = "tensor" if K % tensor == 0 else None  # as `gather_heads` leaves it
+    """Each head `copies` times, [B, T, K * copies, H], and all tokens of a device's own of them.
+
+    A device repeats its own tokens and sends them on: it holds and receives lcm(K, n) / n heads of
+    a row, n devices sharing it, and never all K, as it would if it gathered them first.
+    """
+    T, K = x_BTKH.shape[1:3]
+    tensor, sequence = axis_parts("tensor"), axis_parts("sequence")
+    heads = "tensor" if K % tensor == 0 else None
+    tokens = "sequence" if T % sequence == 0 else None  # as `constrain_rows` leaves them
+    parts = K * copies // tensor
 
     def run(x):
-        head = (lax.axis_index(HEADS) * own + jnp.arange(own, dtype=jnp.int32)) // copies
-        if cut:
-            head = head - lax.axis_index(cut) * (K // tensor)
-        return jnp.take(x, head, axis=2, mode="clip")
+        at = jnp.arange(parts, dtype=jnp.int32)
+        if heads is None:
+            at = at + lax.axis_index("tensor") * parts
+        if tokens is None:
+            own = parts // sequence
+            at = lax.dynamic_slice_in_dim(at, lax.axis_index("sequence") * own, own)
+        x = jnp.take(x, at // copies, axis=2, mode="clip")
+        return x if tokens is None else lax.all_to_all(x, tokens, 2, 1, tiled=True)
 
-    return over_mesh(run, (P(ROWS, None, cut),), P(ROWS, None, HEADS))(x_BTKH)
+    return over_mesh(run, (P(ROWS, tokens, heads),), P(ROWS, None, HEADS))(x_BTKH)
 
 
 def _grouped(x_BTNH: jax.Array, heads: int, blocks: int) -> jax.Array:

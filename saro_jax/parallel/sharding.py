@@ -218,12 +218,6 @@ def constrain_heads(x_BTNH: jax.Array) -> jax.Array:
     return constrain(x_BTNH, P(ROWS, None, HEADS, None))
 
 
-def gather_heads(x_BTKH: jax.Array) -> jax.Array:
-    """Whole rows of more heads than one on each device: too few for `HEADS` to cut them."""
-    even = x_BTKH.shape[2] % axis_parts("tensor") == 0
-    return constrain(x_BTKH, P(ROWS, None, "tensor" if even else None, None))
-
-
 def deal_tokens(x_BS: jax.Array) -> jax.Array:
     """[B, S] -> [B * n, S / n], the S positions of a row dealt out to its n = mesh.sequence shards.
 
