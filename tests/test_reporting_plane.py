@@ -59,3 +59,10 @@ def test_names_in_a_plane_do_not_cover_each_other():
         for i, a in enumerate(boxes)
         for b in boxes[:i]
     )
+
+
+def test_a_name_at_the_top_does_not_cover_what_the_axis_means():
+    points = [Point("base", 0, (0.0, 0.0, 0.01), (0.99, 0.98, 1.0))]
+    drawn = ElementTree.fromstring(plane.draw("P", "a", points, "x", "y"))
+    at = {one.text: float(one.attrib["y"]) for one in drawn.iter("text")}
+    assert at["base"] - 9 > at["y"]

@@ -145,8 +145,9 @@ def _labels(
         for cost, (dx, dy, anchor) in enumerate(offers):
             left = x + dx - (wide if anchor == "end" else 0)
             box = (left, y + dy - 11, left + wide, y + dy + 3)
-            inside = box[0] >= plot.x.start - 20 and box[2] <= plot.width and box[1] >= 12
-            inside = inside and box[3] <= plot.y.start
+            inside = box[0] >= plot.x.start - 20 and box[2] <= plot.width
+            # Above the topmost line stands what the axis means.
+            inside = inside and plot.y.end - 4 <= box[1] and box[3] <= plot.y.start
             hits = sum(_meet(box, other) for other in taken)
             score = cost + 100 * hits + (0 if inside else 1000)
             if best is None or score < best[0]:
