@@ -15,14 +15,13 @@ os.environ["HF_DATASETS_CACHE"] = os.path.join(_CACHE, "datasets")
 os.environ["SARO_JAX_CACHE"] = os.path.join(_CACHE, "saro_jax")
 
 
-def pytest_runtest_teardown(item, nextitem) -> None:
+def pytest_runtest_teardown() -> None:
     """Take what a test leaves out of the garbage collector's sight.
 
     JAX keeps what it has traced, millions of objects in the end, and each full collection walks
-    through all of them: a third of the suite's time. What a file leaves unreachable ends with it.
+    through all of them: a third of the suite's time.
     """
-    if nextitem is None or nextitem.path != item.path:
-        gc.collect()
+    gc.collect()
     gc.freeze()
 
 
