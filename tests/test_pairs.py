@@ -350,7 +350,8 @@ def served(files, server: Server, folder: Path, **more: Any):
         f"--server.cache={folder / 'replies.sqlite'}",
         "--server.backoff=0.01",
     ]
-    return config(files, *flags, url=server.url, **more)
+    given = {"rollouts": 2, "search": 2} | more
+    return config(files, *flags, url=server.url, **given)
 
 
 def test_continuations_of_a_server_that_fails_and_is_killed(files, tmp_path, monkeypatch):
