@@ -283,6 +283,8 @@ def summary(manifest: Mapping[str, Any], out: Path) -> str:
     lines.append("")
     reasons = ", ".join(f"{count} {name}" for name, count in manifest["drop_reasons"].items())
     lines.append(f"not used          {reasons or 'nothing'}")
+    sides = (f"{n['pairs']} to {to} weigh {n['weight']:g}" for to, n in report["decisions"].items())
+    lines.append(f"decisions         {', '.join(sides)}")
     found = report["reflections"]
     lines.append(
         f"reflections       {found['pairs']}, {found['unmarked_share']:.0%} without a marker, "
@@ -419,6 +421,7 @@ def _shares(settings: PairsConfig) -> assembly.Shares:
         settings.balance_floor,
         settings.stem_share,
         settings.no_op,
+        settings.refuse_share,
     )
 
 

@@ -26,6 +26,30 @@ def test_a_capped_kind_has_its_share_of_what_stays():
     assert sum(one.kind == "OP3" for one in kept) == 2 and len(kept) == 10 and len(rejects) == 6
 
 
+def sided(refuse: int, answer: int) -> list[Pref]:
+    kinds = ["OP1"] * refuse + ["OP4"] * answer + ["MODE"]
+    return [pair(i, 1, 1, kind) for i, kind in enumerate(kinds)]
+
+
+def side(one: Pref) -> str | None:
+    return {"OP1": "refuse", "OP4": "answer"}.get(one.kind)
+
+
+@pytest.mark.parametrize(
+    ("refuse", "answer", "weights"),
+    [
+        (10, 10, {"OP1": 1.0, "OP4": 45 / 55, "MODE": 1.0}),
+        (10, 20, {"OP1": 1.0, "OP4": 45 / 55 / 2, "MODE": 1.0}),
+        (40, 10, {"OP1": 55 / 45 / 4, "OP4": 1.0, "MODE": 1.0}),
+        (0, 20, {"OP4": 1.0, "MODE": 1.0}),
+    ],
+)
+def test_the_heavier_side_of_the_decision_loses_weight(refuse, answer, weights):
+    kept = balance.decided(sided(refuse, answer), side, {"refuse": 0.55, "answer": 0.45})
+    assert {one.kind: one.weight for one in kept} == pytest.approx(weights, rel=1e-9)
+    assert [one.id for one in kept] == [one.id for one in sided(refuse, answer)]
+
+
 def test_weights_alone_balance_a_slight_lean():
     pairs = [pair(i, 100, 120) for i in range(6)] + [pair(i + 6, 100, 95) for i in range(4)]
     before = balance.imbalance(pairs)

@@ -211,6 +211,7 @@ CHANGES: dict[str, Any] = {
     "judgments": None,
     "negatives": None,
     "off_policy": None,
+    "refuse_share": 0.9,
     "guard": None,
     "audit": None,
     "url": None,

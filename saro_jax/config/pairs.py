@@ -74,6 +74,14 @@ class PairsConfig(Section):
     mix: str = Field(
         default="30:20:10:25:5:5:5", description="shares of PPA : PPB : ... : PPG among pairs.size"
     )
+    refuse_share: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="share (0 to 1) of weight that pairs whose chosen branch refuses and whose "
+        "rejected one does not have, beside those the other way round; the heavier side loses "
+        "weight; null = as they come",
+    )
     off_policy: float = Field(
         default=0.2, ge=0, lt=1, description="share (0 to 1) of OP3 among outcome pairs at most"
     )

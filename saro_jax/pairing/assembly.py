@@ -18,6 +18,9 @@ ENOUGH = {
     "NOOP": "no-op: enough of them",
 }
 Rule = Callable[[Sequence[Pref]], tuple[list[Pref], list[Reject]]]
+# Kinds whose branches differ in the decision, by what the chosen one decides.
+SIDES = dict.fromkeys(("OP1", "OP2", "OP3", "OP5", "PPA", "PPC"), "refuse")
+SIDES |= dict.fromkeys(("OP4", "PPD"), "answer")
 PROCESS: tuple[str, ...] = ("PPA", "PPB", "PPC", "PPD", "PPE", "PPF", "PPG")
 
 
@@ -33,6 +36,7 @@ class Shares:
     balance_floor: float = 0.5
     stem: float = 0.08
     no_op: float = 0.1
+    refuse: float | None = None
 
 
 def checked(
@@ -96,7 +100,8 @@ def assembled(
     """The pairs that train, outcome pairs first; what is left out; and what the shares are.
 
     Outcome pairs: the off-policy share, quotas by kind of prompt. Process pairs: the mix of
-    variants, stems, chosen branches without a marker, no-op pairs. Both: lengths.
+    variants, stems, chosen branches without a marker, no-op pairs. Both: lengths, and by weight how
+    much asks for a refusal.
     """
     kept, rejects = _settled([*outcome, *process], shares, None)
     if shares.size is not None:
@@ -112,6 +117,9 @@ def assembled(
         kept, last = _settled([*op, *variants, *others], shares, brevity)
         rejects += [*dropped, *more, *last]
     kept, _, _ = balance.balanced(kept, shares.balance, 1.0)  # weights alone
+    if shares.refuse is not None:
+        sides = {"refuse": shares.refuse, "answer": 1 - shares.refuse}
+        kept = balance.decided(kept, lambda pair: SIDES.get(pair.kind), sides)
     op, pp = _split(kept)
     return [*op, *pp], rejects, report(op, pp)
 
@@ -190,8 +198,16 @@ def report(op: Sequence[Pref], pp: Sequence[Pref]) -> dict[str, Any]:
         }
     reflecting = [pair for pair in pp if _reflects(pair)]
     stems = Counter(pair.meta["stem"] for pair in reflecting if pair.meta.get("stem"))
+    sides = {
+        name: [pair.weight for pair in pairs if SIDES.get(pair.kind) == name]
+        for name in ("refuse", "answer")
+    }
     return {
         "kinds": kinds,
+        "decisions": {
+            name: {"pairs": len(weights), "weight": round(sum(weights), 4)}
+            for name, weights in sides.items()
+        },
         "outcome_pairs": len(op),
         "process_pairs": len(pp),
         "prompt_kinds": dict(sorted(Counter(map(_prompt_kind, op)).items())),

@@ -54,6 +54,30 @@ def capped(
     return kept, rejects
 
 
+def decided(
+    pairs: Sequence[Pref], side: Callable[[Pref], str | None], shares: Mapping[str, float]
+) -> list[Pref]:
+    """Pairs whose weights by side have the proportions of `shares`: the heavier side loses some.
+
+    A pair without a side stays as it is, and all do where a side has no pair.
+    """
+    weights = {name: 0.0 for name in shares}
+    for pair in pairs:
+        name = side(pair)
+        if name is not None:
+            weights[name] += pair.weight
+    if not all(weights.values()):
+        return list(pairs)
+    unit = min(weights[name] / share for name, share in shares.items())
+    factors = {name: share * unit / weights[name] for name, share in shares.items()}
+    return [
+        pair.model_copy(update={"weight": pair.weight * factors[name]})
+        if (name := side(pair)) is not None
+        else pair
+        for pair in pairs
+    ]
+
+
 def imbalance(pairs: Sequence[Pref]) -> float:
     """Weighted mean of len_w - len_l over the mean length of a branch; 0 without a counted pair."""
     counted = [pair for pair in pairs if pair.len_tok is not None]
