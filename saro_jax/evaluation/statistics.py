@@ -6,7 +6,7 @@ are two-sided and of 95 %, if nothing else is said. Every draw follows from `see
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from statistics import NormalDist
 from typing import Literal, NamedTuple
 
@@ -273,5 +273,5 @@ def ppi(
     variance = max(float(residual_L.var(ddof=1)), (1 / n) * (1 - 1 / n)) / n
     variance += weight**2 * float(f_U.var()) / N if N else 0.0
     half = Z95 * math.sqrt(variance)
-    bounded: Callable[[float], float] = lambda x: min(1.0, max(0.0, x))  # noqa: E731
-    return Corrected(bounded(value), bounded(value - half), bounded(value + half), weight)
+    value, low, high = np.clip([value, value - half, value + half], 0.0, 1.0).tolist()
+    return Corrected(value, low, high, weight)

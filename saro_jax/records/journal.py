@@ -111,9 +111,10 @@ def resume(
     earlier runs.
     """
     todo = iter([record_id for record_id in items if record_id not in journal.values])
-    tell = progress or (lambda _: None)
-    tell(sum(record_id in journal.values for record_id in items))
+    if progress:
+        progress(sum(record_id in journal.values for record_id in items))
     failed: BaseException | None = None
+    interrupted = False
     running: dict[Future[Any], str] = {}
 
     def keep(done: Iterable[Future[Any]]) -> None:
@@ -124,7 +125,8 @@ def resume(
                 failed = failed or error
                 continue
             journal.append(record_id, future.result())
-            tell(1)
+            if progress and not interrupted:
+                progress(1)
 
     with ThreadPoolExecutor(concurrency) as pool:
         try:
@@ -138,7 +140,7 @@ def resume(
                     break
                 keep(wait(running, return_when=FIRST_COMPLETED).done)
         except BaseException:  # an interrupt: what was begun is paid for
-            tell = lambda _: None  # noqa: E731
+            interrupted = True
             keep(wait(running).done)
             raise
     if failed is not None:
