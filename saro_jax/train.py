@@ -39,7 +39,7 @@ from saro_jax.data.tokenise import Item, digest
 from saro_jax.evaluation import in_training
 from saro_jax.models import decoder, hub, huggingface
 from saro_jax.models.attention import check_kernel
-from saro_jax.parallel import distributed, sharding
+from saro_jax.parallel import distributed, memory, sharding
 from saro_jax.parallel import mesh as meshes
 from saro_jax.text import chat
 from saro_jax.training import (
@@ -231,6 +231,7 @@ def _train(prepared: Prepared, out: Path) -> int:
     )
     findings = _examine(prepared)
     refuse(findings)
+    memory.trim_after_compiling()
     params = source.load()
     print(f"{_summary(prepared)} -> {out}", flush=True)
     fresh = not any((out / "checkpoints").glob("[0-9]*"))

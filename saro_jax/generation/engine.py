@@ -28,6 +28,7 @@ from saro_jax.generation.sampling import Sampling, key_words
 from saro_jax.models import decoder
 from saro_jax.models.architecture import Architecture
 from saro_jax.models.decoder import Params
+from saro_jax.parallel import memory
 from saro_jax.parallel.mesh import row_shards
 
 F32 = jnp.float32
@@ -133,6 +134,7 @@ class Engine:
     ):
         if slots < 1:
             raise ValueError(f"slots: {slots}; allowed: >= 1")
+        memory.trim_after_compiling()
         cpu = jax.default_backend() == "cpu"
         unroll = (cpu and mesh is None) if unroll is None else unroll
         self.arch, self.mesh, self.unroll, self.dtype = arch, mesh, unroll, jnp.dtype(dtype)
