@@ -56,6 +56,8 @@ def lineage(record_id: str, file: Path) -> dict[str, Any]:
     """
     chain = trace(record_id, file)
     prompts = [one.record for one in chain if {"text", "source", "kind"} <= set(one.record)]
+    # Parents on several ways back, in shards of several stages, may be the same prompt.
+    prompts = [one for i, one in enumerate(prompts) if one not in prompts[:i]]
     if not prompts:
         raise ValueError(f"{file}: {record_id!r} leads back to no prompt")
     manifests = [one.manifest for one in chain if one.manifest]
