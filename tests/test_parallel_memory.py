@@ -29,7 +29,7 @@ def test_memory_is_trimmed_after_a_long_compilation_alone(monkeypatch):
 def test_the_event_is_what_jax_reports():
     heard = []
 
-    def listen(event: str, _: float, **__: object) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         heard.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listen)

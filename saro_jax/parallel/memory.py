@@ -20,8 +20,8 @@ def trim_after_compiling() -> None:
     if trim is None:
         return
 
-    def compiled(event: str, seconds: float, **_: object) -> None:
-        if event == COMPILED and seconds > LONG:
+    def compiled(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == COMPILED and duration_secs > LONG:
             trim(0)
 
     jax.monitoring.register_event_duration_secs_listener(compiled)
