@@ -1,6 +1,7 @@
 """Owns what this process gives back to the system of the memory of its host."""
 
 import ctypes
+import sys
 from functools import cache
 
 import jax
@@ -13,10 +14,11 @@ LONG = 0.5  # seconds of a compilation that leaves enough behind
 def trim_after_compiling() -> None:
     """From here on, after each compilation that took long, free memory goes back to the system.
 
-    LLVM frees what it compiled with, but glibc keeps it: 0.5 GB of a training step's peak, and more
-    with each program of generation. Elsewhere than with glibc nothing happens.
+    LLVM frees what it compiled with, but glibc keeps it, so that a process grows with each program
+    (docs/log.md, 2026-11-28). Elsewhere than with glibc nothing happens.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    trim = getattr(library, "malloc_trim", None)
     if trim is None:
         return
 
