@@ -52,7 +52,8 @@ def visible(tokens: Tokens, window: int) -> np.ndarray:
     """The mask of the blockwise path, bool [B, T, T]."""
     zero = jnp.zeros((), jnp.int32)
     length = tokens.segment.shape[1]
-    return np.asarray(attention._visible(tokens, jnp.asarray(window), zero, zero, length))
+    q, k = (attention._block_of(tokens, zero, length, axes) for axes in ((2,), (1,)))
+    return np.asarray(attention._visible(q, k, jnp.asarray(window)))
 
 
 @partial(jax.jit, static_argnames=("blocks", "softcap"))

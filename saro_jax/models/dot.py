@@ -34,6 +34,17 @@ def row_major(x: jax.Array) -> jax.Array:
     )
 
 
+def inner(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Sums over the last axis of a * b, without a * b in memory; float32 on every device."""
+
+    def product(precision):
+        return lambda a, b: jnp.einsum("...I,...I->...", a, b, precision=precision)
+
+    # A CPU computes in float32 anyway, and much faster where no precision is named.
+    exact = product(lax.Precision.HIGHEST)
+    return lax.platform_dependent(a.astype(F32), b.astype(F32), cpu=product(None), default=exact)
+
+
 @jax.custom_vjp
 def dot(x: jax.Array, w_IO: jax.Array) -> jax.Array:
     """x @ w in x's dtype with float32 accumulation; w is cast to x's dtype first.

@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from saro_jax.models.attention import platform
-from saro_jax.models.dot import row_major
+from saro_jax.models.dot import inner, row_major
 from saro_jax.parallel.sharding import SHARDS, TOKENS, WIDE, axis_parts, row_axes
 
 F32 = jnp.float32
@@ -103,17 +103,6 @@ def _logits(hidden_BCD, head_VD, low_rank, softcap):
     return x if softcap is None else softcap * jnp.tanh(x / softcap)
 
 
-def _dot_products(a_BCV: jax.Array, b_BCV: jax.Array) -> jax.Array:
-    """Sums over V of a * b, [B, C], without a * b in memory; float32 on every device."""
-
-    def product(precision):
-        return lambda a, b: jnp.einsum("BCV,BCV->BC", a, b, precision=precision)
-
-    # A CPU computes in float32 anyway, and much faster where no precision is named.
-    exact = product(lax.Precision.HIGHEST)
-    return lax.platform_dependent(a_BCV, b_BCV, cpu=product(None), default=exact)
-
-
 def _cut(x: jax.Array, i: jax.Array, size: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
 
@@ -140,7 +129,7 @@ def _forward(hidden_BSD, head_VD, low_rank, target_BS, valid_BS, softcap, size, 
         valid = _cut(valid_BS, i, size)
         parts = [hit - lse_i, (hit >= top).astype(F32), jnp.zeros_like(hit)]
         if entropy:
-            parts[2] = lse_i - _dot_products(e, x) / total
+            parts[2] = lse_i - inner(e, x) / total
         parts = [jnp.where(valid, part, 0.0) for part in parts] + [lse_i]
         return tuple(
             _paste(whole, part, i, size)
