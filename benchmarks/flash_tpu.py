@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from saro_jax.models import flash
 from saro_jax.models.architecture import from_hf
-from saro_jax.models.attention import BLOCK, Tokens, attend
+from saro_jax.models.attention import SMALL, Tokens, attend
 from saro_jax.parallel import mesh as meshes
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -184,7 +184,7 @@ def area_lines() -> list[str]:
         for blocks in (flash.Blocks(256, 512), flash.Blocks(256, 256), flash.Blocks(128, 128)):
             steps = jax.jit(flash.plan, static_argnums=2)(tokens, jnp.asarray(FAR), blocks)
             cells.append(int(steps.count) * blocks.query * blocks.key / exact)
-        block = BLOCK
+        block = SMALL
         start = np.zeros(length, int)
         segment = np.asarray(tokens.segment[0])
         for s in range(1, segment.max() + 1):

@@ -1,11 +1,14 @@
 """Blockwise attention against a full T x T softmax, values and gradients."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saro_jax.models.attention import Tokens, attend, attend_cache
+from saro_jax.models import attention
+from saro_jax.models.attention import LARGE, SMALL, Tokens, attend, attend_cache
 
 B, T, N, K, H = 2, 53, 6, 2, 8
 FAR = 2**30
@@ -67,6 +70,31 @@ def test_equals_full_softmax_with_gradients(block, window, softcap):
     got = jax.grad(lambda *x: jnp.vdot(ours(*x), g), (0, 1, 2))(q, k, v)
     want = jax.grad(lambda *x: jnp.vdot(theirs(*x), g), (0, 1, 2))(q, k, v)
     for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "chosen"), [((1000,), LARGE), ((600, 424), LARGE), ([50] * 20, SMALL)]
+)
+def test_the_size_of_blocks_follows_the_rows_and_changes_nothing(sizes, chosen):
+    length, at = 4 * LARGE, np.cumsum([0, *sizes])
+    found = np.zeros((3, 1, length), np.int32)
+    for n, size in enumerate(sizes):
+        here = slice(at[n], at[n] + size)
+        found[0, 0, here], found[2, 0, here] = n + 1, np.arange(size)
+    tokens = Tokens(*(jnp.asarray(x) for x in found))
+    window = jnp.asarray(FAR, jnp.int32)
+    assert attention._by_size(jnp.asarray, tokens, window, (SMALL, LARGE)) == chosen
+    keys = jax.random.split(jax.random.key(2), 4)
+    q, g = (jax.random.normal(key, (1, length, 4, 8)) for key in keys[:2])
+    k, v = (jax.random.normal(key, (1, length, 2, 8)) for key in keys[2:])
+
+    @partial(jax.jit, static_argnames="block")
+    def run(q, k, v, block):
+        out, pull = jax.vjp(lambda *x: attend(*x, tokens, FAR, 0.3, block=block), q, k, v)
+        return out, *pull(g)
+
+    for a, b in zip(run(q, k, v, None), run(q, k, v, 32), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 

@@ -25,7 +25,8 @@ from saro_jax.parallel.sharding import HEADS, ROWS, axis_parts, constrain_heads
 
 F32 = jnp.float32
 NEGATIVE = -1e30  # a finite "minus infinity": (NEGATIVE - NEGATIVE) stays a number
-BLOCK = 64  # on a CPU as fast as 128 a block, and less of it is masked (docs/log.md)
+SMALL, LARGE = 64, 256  # of a block: less is masked; up to twice as fast a score on a CPU
+WASTE = 1.8  # scores of large blocks for one of small blocks, at which the two are as fast
 LONGEST = 2**25  # bytes of the keys' and values' gradients of one row and head that `flash` holds
 
 Kernel = Literal["auto", "xla", "flash", "interpret"]
@@ -193,6 +194,16 @@ def _ungrouped(x: jax.Array, block: int) -> jax.Array:
     return x.reshape(B, blocks * block, K * (GQ // block), H)
 
 
+def _by_size(run: Callable[[int], Any], tokens: Tokens, window: jax.Array, sizes) -> Any:
+    """`run` with the size of blocks, of one or two, that is faster for these rows."""
+    if len(sizes) == 1:
+        return run(sizes[0])
+    small, large = sizes
+    pairs = [_plan(tokens, window, size)[1].sum() for size in sizes]
+    few_more = pairs[1] * (large // small) ** 2 <= WASTE * pairs[0]
+    return lax.cond(few_more, lambda: run(large), lambda: run(small))
+
+
 def _forward(q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, block):
     T, N, H = q_BTNH.shape[1:]
     K = k_BTKH.shape[2]
@@ -229,41 +240,42 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, block):
 
     index = jnp.arange(blocks, dtype=jnp.int32)
     _, (out, lse) = lax.scan(one_query_block, None, (index, q))
-    return _ungrouped(out, block), lse
+    return _ungrouped(out, block), _ungrouped(lse[..., None], block)[..., 0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _blockwise(q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, block):
-    return _blockwise_fwd(q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, block)[0]
+def _blockwise(q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, sizes):
+    return _blockwise_fwd(q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, sizes)[0]
 
 
-def _blockwise_fwd(q, k, v, tokens, window, scale, softcap, block):
+def _blockwise_fwd(q, k, v, tokens, window, scale, softcap, sizes):
+    def forward(*inputs):
+        run = partial(_forward, *inputs, scale, softcap)
+        return _by_size(run, *inputs[3:5], sizes)
+
     rows, heads = partitions(q, k)
     arrays = P(rows, None, heads)
-    run = over_mesh(
-        partial(_forward, scale=scale, softcap=softcap, block=block),
-        (arrays, arrays, arrays, P(rows), P()),
-        (arrays, P(None, rows, heads)),
-    )
+    run = over_mesh(forward, (arrays, arrays, arrays, P(rows), P()), (arrays, arrays))
     out, lse = run(q, k, v, tokens, window)
     # Named here, where both are residuals: remat that saves them does not run the forward again.
     out, lse = store(out, ATTENTION[0]), store(lse, ATTENTION[1])
     return out, (q, k, v, tokens, window, out, lse)
 
 
-def _blockwise_bwd(scale, softcap, block, residuals, dout_BTNH):
+def _blockwise_bwd(scale, softcap, sizes, residuals, dout_BTNH):
+    def backward(*inputs):
+        run = partial(_backward, *inputs, scale, softcap)
+        return _by_size(run, *inputs[3:5], sizes)
+
     rows, heads = partitions(*residuals[:2])
-    arrays, statistics = P(rows, None, heads), P(None, rows, heads)
-    run = over_mesh(
-        partial(_backward, scale=scale, softcap=softcap, block=block),
-        (arrays, arrays, arrays, P(rows), P(), arrays, statistics, arrays),
-        (arrays, arrays, arrays),
-    )
+    arrays = P(rows, None, heads)
+    inputs = (arrays, arrays, arrays, P(rows), P(), arrays, arrays, arrays)
+    run = over_mesh(backward, inputs, (arrays, arrays, arrays))
     return *run(*residuals, dout_BTNH), None, None
 
 
 def _backward(
-    q_BTNH, k_BTKH, v_BTKH, tokens, window, out_BTNH, lse, dout_BTNH, scale, softcap, block
+    q_BTNH, k_BTKH, v_BTKH, tokens, window, out_BTNH, lse_BTN, dout_BTNH, scale, softcap, block
 ):
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
@@ -271,7 +283,8 @@ def _backward(
     q, dout = _grouped(q_BTNH, K, blocks), _grouped(dout_BTNH, K, blocks)
     k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
     kT_BKHT = k_BKTH.swapaxes(2, 3)
-    delta = _grouped(inner(dout_BTNH, out_BTNH)[..., None], K, blocks)[..., 0]
+    delta_BTN = inner(dout_BTNH, out_BTNH)
+    lse, delta = (_grouped(x[..., None], K, blocks)[..., 0] for x in (lse_BTN, delta_BTN))
     order, count = _plan(tokens, window, block)
 
     def one_query_block(carry, inputs):
@@ -365,7 +378,7 @@ def attend(
     scale: float,
     softcap: float | None = None,
     *,
-    block: int = BLOCK,
+    block: int | None = None,
     kernel: Kernel = "auto",
 ) -> jax.Array:
     """Attention of packed rows, [B, T, N, H] in q's dtype; float32 softmax.
@@ -374,9 +387,10 @@ def attend(
     traced. Queries of padding get zeros. Blocks of keys that no query of a block can see (earlier
     segments, outside the window, the future, sibling branches) are skipped, not masked.
 
-    kernel: xla = the loops of this file, in blocks of `block`; flash = the fused kernels of
-    `flash.py`, for TPUs; auto = flash on a TPU, else xla; interpret = the bodies of the fused
-    kernels as XLA operations, on any device, for tests.
+    kernel: xla = the loops of this file; flash = the fused kernels of `flash.py`, for TPUs; auto =
+    flash on a TPU, else xla; interpret = the bodies of the fused kernels as XLA operations, on any
+    device, for tests. block: tokens of a block of those loops; None = 64, or 256 where so few
+    conversations fill the rows at hand that this is faster.
     """
     q_BTNH, k_BTKH, v_BTKH = _whole_rows(q_BTNH, k_BTKH, v_BTKH)
     if _fused(kernel, q_BTNH.shape[1], q_BTNH.shape[3]):
@@ -388,15 +402,18 @@ def attend(
         )
     T, N = q_BTNH.shape[1:3]
     assert N % k_BTKH.shape[2] == 0, (q_BTNH.shape, k_BTKH.shape)
-    block = min(block, T)
-    pad = -T % block
+    sizes = (min(block or SMALL, T),)
+    # In shorter rows the scores of a large block would be most of what a layer holds.
+    if block is None and T % LARGE == 0 and T >= 4 * LARGE:
+        sizes = (SMALL, LARGE)
+    pad = -T % sizes[0]
     if pad:
         q_BTNH, k_BTKH, v_BTKH = (
             jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH)
         )
         tokens = Tokens(*(jnp.pad(t, ((0, 0), (0, pad))) for t in tokens))
     window = jnp.asarray(window, jnp.int32)
-    out = _blockwise(q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, block)
+    out = _blockwise(q_BTNH, k_BTKH, v_BTKH, tokens, window, scale, softcap, sizes)
     return cast(jax.Array, out)[:, :T]
 
 
