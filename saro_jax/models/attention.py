@@ -281,8 +281,7 @@ def _backward(
     K = k_BTKH.shape[2]
     blocks, groups = T // block, N // K
     q, dout = _grouped(q_BTNH, K, blocks), _grouped(dout_BTNH, K, blocks)
-    k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
-    kT_BKHT = k_BKTH.swapaxes(2, 3)
+    kT_BKHT = k_BTKH.transpose(0, 2, 3, 1)
     delta_BTN = inner(dout_BTNH, out_BTNH)
     lse, delta = (_grouped(x[..., None], K, blocks)[..., 0] for x in (lse_BTN, delta_BTN))
     order, count = _plan(tokens, window, block)
@@ -296,7 +295,7 @@ def _backward(
         def one_key_block(n, carry):
             j = order[i, n]
             dq_BKHq, dk_BKTH, dv_BKTH = carry
-            k_j, v_j = _slice(k_BKTH, j, block, 2), _slice(v_BKTH, j, block, 2)
+            k_j, v_j = (_slice(x, j, block, 1).swapaxes(1, 2) for x in (k_BTKH, v_BTKH))
             visible = _visible(of_q, _block_of(tokens, j, block, (1, 3)), window)
             s = _masked_scores(k_j, q_i, scale, softcap, visible)
             p = jnp.exp(s - lse_i[..., None, :])
